@@ -1,0 +1,13 @@
+"""Exact attention over sequences that no single device can hold, round a ring of devices."""
+
+from .attention import ring_attention as ring_attention, ring_attention_local as ring_attention_local
+from .kernels import BlockSizes as BlockSizes
+from .masks import Causal as Causal, Full as Full
+from .reference import reference_attention as reference_attention
+from .ring import (
+    Ring as Ring,
+    shard_sequence as shard_sequence,
+    unshard_sequence as unshard_sequence,
+)
+
+__version__ = "0.1.0"

@@ -1,0 +1,254 @@
+"""`Ring`: how a sequence is distributed over a mesh axis, and the arrays in and out of that order."""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from . import layouts
+from .kernels.base import BlockSizes, KernelName
+from .layouts import Layout
+
+__all__ = ["Ring", "shard_sequence", "unshard_sequence"]
+
+Strategy = Literal["ring"]
+AxisNames = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """How to distribute attention over a mesh axis; a frozen, hashable value.
+
+    Attributes:
+        axis_name: the mesh axis that the sequence is split over, or several, taken as one long ring.
+        layout: which tokens a rank holds. `"contiguous"` is the natural order; `"zigzag"` gives every
+            rank equal work under a causal mask, and wants its arrays in that order (`shard_sequence`).
+        strategy: what travels; `"ring"` rotates keys and values. `"auto"` chooses.
+        kernel: how one shard meets one shard; `"blockwise"` is plain XLA. `"auto"` chooses.
+        block_sizes: tiles inside the kernel; None takes the table's entry for the platform.
+        batch_axes: mesh axes that the batch is split over.
+        head_axes: mesh axes that the heads are split over (keys' and queries' alike).
+
+    Example:
+        >>> import ringjax
+        >>> ringjax.Ring("sp", layout="zigzag").positions(8, ring_size=2).tolist()
+        [0, 1, 6, 7, 2, 3, 4, 5]
+    """
+
+    axis_name: AxisNames = "ring"
+    _: dataclasses.KW_ONLY
+    layout: Layout = "contiguous"
+    strategy: Strategy | Literal["auto"] = "auto"
+    kernel: KernelName | Literal["auto"] = "auto"
+    block_sizes: BlockSizes | None = None
+    batch_axes: tuple[str, ...] = ()
+    head_axes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _require_one_of("layout", self.layout, get_args(Layout))
+        _require_one_of("strategy", self.strategy, ("auto", *get_args(Strategy)))
+        _require_one_of("kernel", self.kernel, ("auto", *get_args(KernelName)))
+        for name in ("batch_axes", "head_axes"):
+            if isinstance(axes := getattr(self, name), str):
+                object.__setattr__(self, name, (axes,))
+        if isinstance(self.axis_name, list):
+            object.__setattr__(self, "axis_name", tuple(self.axis_name))
+        used = (*self.axis_names, *self.batch_axes, *self.head_axes)
+        if len(set(used)) != len(used):
+            raise ValueError(
+                f"Ring uses a mesh axis twice: axis_name={self.axis_name!r}, "
+                f"batch_axes={self.batch_axes!r}, head_axes={self.head_axes!r}. Name each axis once."
+            )
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """`axis_name` as a tuple."""
+        return (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name
+
+    @property
+    def spec(self) -> P:
+        """Partition spec of `B T N H` arrays."""
+        return P(self.batch_axes or None, self.axis_name, self.head_axes or None, None)
+
+    def size(self, mesh: Mesh | AbstractMesh) -> int:
+        """Number of ranks on `mesh`.
+
+        Raises:
+            ValueError: the mesh lacks an axis that the ring names.
+        """
+        for name in (*self.axis_names, *self.batch_axes, *self.head_axes):
+            if name not in mesh.shape:
+                raise ValueError(
+                    f"the mesh has no axis {name!r}; its axes are {dict(mesh.shape)}. Make one with "
+                    f"jax.make_mesh((jax.device_count(),), ({name!r},)), or name another in Ring(...)."
+                )
+        return math.prod(mesh.shape[name] for name in self.axis_names)
+
+    def multiple(self, ring_size: int) -> int:
+        """What the length of a sequence in this layout must divide by."""
+        return ring_size * layouts.chunks(self.layout)
+
+    def padded_length(self, length: int, ring_size: int) -> int:
+        """`length`, rounded up to the layout's multiple."""
+        multiple = self.multiple(ring_size)
+        return -(-length // multiple) * multiple
+
+    def positions(self, length: int, ring_size: int) -> np.ndarray:
+        """Global position of each place in layout order, int32; -1 in the padding at the end.
+
+        Args:
+            length: number of real tokens.
+            ring_size: number of ranks.
+        """
+        padded = self.padded_length(length, ring_size)
+        return layouts.positions(self.layout, length, padded, ring_size)
+
+
+def _require_one_of(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"Ring({name}={value!r}) is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def resolve_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
+    """The mesh given, or the ambient one (`jax.set_mesh`).
+
+    Raises:
+        ValueError: there is neither.
+    """
+    ambient = jax.sharding.get_abstract_mesh()
+    if mesh is None and ambient.empty:
+        raise ValueError(
+            "no mesh: pass mesh=jax.make_mesh((jax.device_count(),), ('ring',)), or set one around the "
+            "call with jax.set_mesh(mesh)."
+        )
+    # Inside jit only the abstract mesh of the context may be named again.
+    return ambient if mesh is None else mesh
+
+
+def shard_sequence(
+    x: Any, *, mesh: Mesh | AbstractMesh | None = None, ring: Ring = Ring(), axis: int = 1, pad_value=0
+) -> Any:
+    """Puts sequences into layout order, padded to fit, and places them on the mesh.
+
+    Args:
+        x: an array, or a pytree of arrays, with the sequence on `axis`, in natural order.
+        mesh: the mesh; None means the ambient one.
+        ring: how to distribute.
+        axis: the sequence axis; axis 0 of the others, if before it, is taken as the batch.
+        pad_value: what fills the padding. `Ring.positions` gives -1 there: pass these positions on, or
+            give the padding no loss, and it changes nothing.
+
+    Returns:
+        The same structure, each leaf in layout order and sharded over the ring.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, ringjax
+        >>> mesh = jax.make_mesh((2,), ("ring",), devices=jax.devices()[:2])
+        >>> ring = ringjax.Ring(layout="zigzag")
+        >>> x = ringjax.shard_sequence(jnp.arange(8)[None], mesh=mesh, ring=ring)
+        >>> x.tolist()
+        [[0, 1, 6, 7, 2, 3, 4, 5]]
+        >>> ringjax.unshard_sequence(x, length=8, mesh=mesh, ring=ring).tolist()
+        [[0, 1, 2, 3, 4, 5, 6, 7]]
+    """
+    mesh = resolve_mesh(mesh)
+    ring_size = ring.size(mesh)
+
+    def shard(leaf):
+        leaf = jnp.asarray(leaf)
+        _require_axis(leaf, axis)
+        length = leaf.shape[axis]
+        padded = ring.padded_length(length, ring_size)
+        if padded != length:
+            widths = [(0, 0)] * leaf.ndim
+            widths[axis] = (0, padded - length)
+            leaf = jnp.pad(leaf, widths, constant_values=pad_value)
+        if ring.layout != "contiguous":
+            leaf = place(leaf, mesh, P())
+            leaf = jnp.take(leaf, layouts.order(ring.layout, padded, ring_size), axis=axis)
+        return place(leaf, mesh, _sequence_spec(ring, leaf.ndim, axis))
+
+    return jax.tree.map(shard, x)
+
+
+def unshard_sequence(
+    x: Any,
+    *,
+    length: int,
+    mesh: Mesh | AbstractMesh | None = None,
+    ring: Ring = Ring(),
+    axis: int = 1,
+) -> Any:
+    """Undoes `shard_sequence`: natural order, the padding dropped, whole on every device.
+
+    Args:
+        x: an array, or a pytree of arrays, in layout order on `axis`.
+        length: number of real tokens.
+        mesh: the mesh; None means the ambient one.
+        ring: how it was distributed.
+        axis: the sequence axis.
+
+    Raises:
+        ValueError: an array is not as long as `length` tokens are in this layout.
+    """
+    mesh = resolve_mesh(mesh)
+    ring_size = ring.size(mesh)
+    padded = ring.padded_length(length, ring_size)
+
+    def unshard(leaf):
+        leaf = jnp.asarray(leaf)
+        _require_axis(leaf, axis)
+        if leaf.shape[axis] != padded:
+            raise ValueError(
+                f"unshard_sequence(length={length}): axis {axis} has length {leaf.shape[axis]}, but "
+                f"{length} tokens in {ring.layout} layout over {ring_size} ranks take {padded}. Pass "
+                f"the length and the ring that shard_sequence() was given."
+            )
+        leaf = place(leaf, mesh, P())
+        inverse = np.argsort(layouts.order(ring.layout, padded, ring_size))[:length]
+        return jnp.take(leaf, inverse, axis=axis)
+
+    return jax.tree.map(unshard, x)
+
+
+def _require_axis(leaf: jax.Array, axis: int) -> None:
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise ValueError(f"array of shape {leaf.shape} has no axis {axis} to shard the sequence on.")
+
+
+def _sequence_spec(ring: Ring, ndim: int, axis: int) -> P:
+    spec: list = [None] * ndim
+    spec[axis] = ring.axis_name
+    if axis % ndim > 0 and ring.batch_axes:
+        spec[0] = ring.batch_axes
+    return P(*spec)
+
+
+def place(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
+    """`x`, distributed over the mesh as `spec` says; under a trace as well as outside."""
+    if isinstance(x, jax.core.Tracer):
+        if AxisType.Explicit in mesh.axis_types:
+            return reshard(x, mesh, spec)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return jax.device_put(x, NamedSharding(mesh, spec) if isinstance(mesh, Mesh) else spec)
+
+
+def reshard(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
+    """`x` with the sharding that its type must show: Explicit axes as in `spec`, others are XLA's."""
+    explicit = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    if not explicit:
+        return x
+
+    def keep(entry):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(name for name in names if name in explicit) or None
+
+    return jax.reshard(x, NamedSharding(mesh, P(*map(keep, spec))))
