@@ -111,16 +111,11 @@ def ring_attention(
     def token_spec(x):
         return P(ring.spec[0] if x.shape[0] > 1 else None, ring.spec[1])
 
-    attend = jax.shard_map(
-        ft.partial(rotate_kv, problem=problem),
-        mesh=mesh,
-        in_specs=(ring.spec, ring.spec, ring.spec, *jax.tree.map(token_spec, (q_tokens, kv_tokens))),
-        out_specs=(ring.spec, P(*ring.spec[:3])),
-    )
     q, k, v = put(q, ring.spec, 0), put(k, ring.spec, 1), put(v, ring.spec, 1)
     q_tokens = jax.tree.map(lambda x: put(x, token_spec(x), 0, fill=-1), q_tokens)
     kv_tokens = jax.tree.map(lambda x: put(x, token_spec(x), 1, fill=-1), kv_tokens)
-    out, lse = attend(q, k, v, q_tokens, kv_tokens)
+    in_specs = (ring.spec, ring.spec, ring.spec, *jax.tree.map(token_spec, (q_tokens, kv_tokens)))
+    out, lse = _attend(q, k, v, q_tokens, kv_tokens, problem=problem, mesh=mesh, in_specs=in_specs)
     if padded[0] != lengths[0]:
         # A length that does not divide cannot stay split: JAX shards evenly only.
         whole = P(ring.spec[0], None, ring.spec[2])
@@ -128,6 +123,15 @@ def ring_attention(
     if not batched:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
+
+
+@ft.partial(jax.jit, static_argnames=("problem", "mesh", "in_specs"))
+def _attend(*arrays, problem: Problem, mesh: Mesh | AbstractMesh, in_specs: tuple):
+    """Compiled once per problem: outside jit, a `shard_map` alone would run operation by operation."""
+    out_specs = (in_specs[0], P(*in_specs[0][:3]))
+    return jax.shard_map(
+        ft.partial(rotate_kv, problem=problem), mesh=mesh, in_specs=in_specs, out_specs=out_specs
+    )(*arrays)
 
 
 def ring_attention_local(
@@ -237,10 +241,10 @@ def _tokens(batch, own_positions, segment_ids, positions, seq_lengths):
         length = own.shape[1]
         position = own if position is None else _token_array(f"{side} positions", position, batch, length)
         if seq_length is not None:
-            seq_length = jnp.asarray(seq_length)
+            seq_length = jnp.asarray(seq_length, jnp.int32)
             if seq_length.shape != (batch,):
                 raise ValueError(f"{side} lengths have shape {seq_length.shape}; they must be ({batch},).")
-            position = jnp.where(position < seq_length[:, None], position, jnp.int32(-1))
+            position = jnp.where(own < seq_length[:, None], position, jnp.int32(-1))
         if segment is not None:
             segment = _token_array(f"{side} segment_ids", segment, batch, length)
         sides.append(Tokens(position, segment))

@@ -47,13 +47,13 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 def merge_over(partials: Partial) -> Partial:
     """The partial over the keys of all, stacked on a leading axis."""
-    top = partials.lse.max(axis=0)
+    top = partials.lse.max(axis=0, keepdims=True)
     reference = jnp.where(top == -jnp.inf, jnp.zeros_like(top), top)
     weights = jnp.exp(partials.lse - reference)
     total = weights.sum(axis=0)
     divisor = jnp.where(total == 0, jnp.ones_like(total), total)
     out = (partials.out * weights[..., None]).sum(axis=0) / divisor[..., None]
-    return Partial(out, reference + jnp.log(total))
+    return Partial(out, reference[0] + jnp.log(total))
 
 
 def finish(partial: Partial, dtype: DTypeLike) -> jax.Array:

@@ -53,8 +53,8 @@ class Ring:
         _require_one_of("strategy", self.strategy, ("auto", *get_args(Strategy)))
         _require_one_of("kernel", self.kernel, ("auto", *get_args(KernelName)))
         for name in ("batch_axes", "head_axes"):
-            if isinstance(axes := getattr(self, name), str):
-                object.__setattr__(self, name, (axes,))
+            axes = getattr(self, name)
+            object.__setattr__(self, name, (axes,) if isinstance(axes, str) else tuple(axes))
         if isinstance(self.axis_name, list):
             object.__setattr__(self, "axis_name", tuple(self.axis_name))
         used = (*self.axis_names, *self.batch_axes, *self.head_axes)
