@@ -1,5 +1,6 @@
 """`ring_attention`, on whole arrays, and `ring_attention_local`, inside the caller's own `shard_map`."""
 
+import dataclasses
 import functools as ft
 import math
 
@@ -171,7 +172,7 @@ def ring_attention_local(
         ValueError: shapes or dtypes that do not fit.
     """
     _check_arrays(query, key, value)
-    ring_size = jax.lax.axis_size(ring.axis_name)
+    ring_size = dataclasses.replace(ring, batch_axes=(), head_axes=()).size(resolve_mesh(None))
     shards = (query.shape[1], key.shape[1])
     lengths = tuple(shard * ring_size for shard in shards)
     for length, side in zip(lengths, SIDES, strict=True):

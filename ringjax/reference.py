@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .kernels.base import accumulator_dtype
 from .masks import Causal, Full, Mask, Tokens, attends
 
 __all__ = ["reference_attention"]
@@ -40,7 +41,7 @@ def reference_attention(
     batch, num_q, num_heads, head_size = query.shape
     num_kv, num_kv_heads = key.shape[1:3]
     groups = num_heads // num_kv_heads
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = accumulator_dtype(query.dtype)
     q = query.astype(dtype).reshape(batch, num_q, num_kv_heads, groups, head_size)
     logits = jnp.einsum("btkgh,bskh->bkgts", q, key.astype(dtype), precision=lax.Precision.HIGHEST)
     logits *= head_size**-0.5 if scale is None else scale

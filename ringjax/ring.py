@@ -78,7 +78,7 @@ class Ring:
         """Number of ranks on `mesh`.
 
         Raises:
-            ValueError: the mesh lacks an axis that the ring names.
+            ValueError: the mesh lacks an axis that the ring names, or has them in another order.
         """
         for name in (*self.axis_names, *self.batch_axes, *self.head_axes):
             if name not in mesh.shape:
@@ -86,6 +86,13 @@ class Ring:
                     f"the mesh has no axis {name!r}; its axes are {dict(mesh.shape)}. Make one with "
                     f"jax.make_mesh((jax.device_count(),), ({name!r},)), or name another in Ring(...)."
                 )
+        in_order = tuple(name for name in mesh.axis_names if name in self.axis_names)
+        if in_order != self.axis_names:
+            # ppermute of JAX 0.10 numbers the ranks in the mesh's order without a word.
+            raise ValueError(
+                f"Ring(axis_name={self.axis_name!r}) names axes in another order than the mesh, whose "
+                f"axes are {mesh.axis_names}. Write axis_name={in_order!r}."
+            )
         return math.prod(mesh.shape[name] for name in self.axis_names)
 
     def multiple(self, ring_size: int) -> int:

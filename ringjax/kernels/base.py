@@ -94,10 +94,10 @@ def in_blocks(tokens: Tokens, size: int) -> Tokens:
     """`tokens` as `B blocks size`, those that an earlier block holds already marked as padding."""
     length = tokens.positions.shape[-1]
     starts = block_starts(length, size)
-    index = starts[:, None] + jnp.arange(size, dtype=jnp.int32)
+    index = starts[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     blocks: Tokens = jax.tree.map(lambda x: x[:, index], tokens)
     owned = index >= jnp.arange(0, length, size, dtype=jnp.int32)[:, None]
-    return blocks._replace(positions=jnp.where(owned, blocks.positions, jnp.int32(-1)))
+    return blocks._replace(positions=jnp.where(owned[None], blocks.positions, jnp.int32(-1)))
 
 
 def visits(mask: Mask, q: Tokens, kv: Tokens) -> Visits:
@@ -112,7 +112,8 @@ def visits(mask: Mask, q: Tokens, kv: Tokens) -> Visits:
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
     """float32 for everything up to float32, float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # Not promote_types, which refuses bfloat16 where the user has made promotion strict.
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 assert PARTIAL < FULL < EMPTY  # the order of work that `visits` sorts by

@@ -72,7 +72,7 @@ def forward(
             grid.put_rows(partial.lse, top + jnp.log(total), at),
         )
 
-    return lax.fori_loop(0, grid.num_rows, row, into)
+    return lax.fori_loop(jnp.int32(0), grid.num_rows, row, into)
 
 
 def backward(
@@ -94,6 +94,8 @@ def backward(
         delta_rows, lse_rows = grid.rows(delta, at)[:, None], grid.rows(lse, at)[:, None]
         # Nothing flows through a row that met no key: exp(logit - inf) is 0.
         lse_rows = jnp.where(lse_rows == -jnp.inf, -lse_rows, lse_rows)
+        # A cotangent there may be NaN, as that of a norm is at zero; 0 * NaN would spread it.
+        dout_rows = jnp.where(lse_rows == jnp.inf, jnp.zeros_like(dout_rows), dout_rows)
 
         def fold(masked):
             def body(visit, state):
@@ -114,7 +116,7 @@ def backward(
         dq_rows, dkv = grid.visit_all(at, fold, (jnp.zeros_like(q_rows), dkv))
         return grid.put_rows(dq, grid.rows(dq, at) + dq_rows * tile.scale, at), dkv
 
-    return lax.fori_loop(0, grid.num_rows, row, (dq, jnp.zeros_like(kv, dtype=dq.dtype)))
+    return lax.fori_loop(jnp.int32(0), grid.num_rows, row, (dq, jnp.zeros_like(kv, dtype=dq.dtype)))
 
 
 class _Row(NamedTuple):
@@ -163,7 +165,7 @@ class _Grid:
         """Folds every block of keys that the row attends to: `fold(masked)(visit, state) -> state`."""
         batch = _of_batch(self.visits.total, at.batch)
         partial, total = self.visits.partial[batch, at.block], self.visits.total[batch, at.block]
-        state = lax.fori_loop(0, partial, fold(masked=True), state)
+        state = lax.fori_loop(jnp.int32(0), partial, fold(masked=True), state)
         return lax.fori_loop(partial, total, fold(masked=False), state)
 
     def rows(self, x: jax.Array, at: _Row) -> jax.Array:

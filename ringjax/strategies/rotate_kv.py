@@ -113,7 +113,7 @@ def _backward(q, kv, q_tokens, kv_tokens, lse, delta, dout, problem: Problem):
     last = problem.steps - 1
     hops = jnp.arange(last, dtype=jnp.int32)
     (dq, dkv, shard), _ = lax.scan(step, (dq, dkv, (kv, kv_tokens)), hops)
-    arriving = problem.permute(dkv)
+    arriving = problem.permute(dkv) if last else dkv
     dq, contribution = differentiate(dq, shard, last)
     return dq, problem.send_home(arriving + contribution)
 

@@ -1,0 +1,37 @@
+"""The command `ringjax`."""
+
+import sys
+from collections.abc import Sequence
+
+from .errors import CommandError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command; exits with 0, with 2 after a one-line error for wrong input, or with 130 if interrupted."""
+    try:
+        import tyro
+    except ImportError:
+        sys.exit("ringjax: the command needs more packages: pip install 'ringjax[llm]'")
+    from .ask import Ask
+    from .bench import Bench
+
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"ask": Ask, "bench": Bench},
+        prog="ringjax",
+        description="Exact attention over sequences that no single device can hold.",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+    )
+    try:
+        command.run()
+    except CommandError as error:
+        print(f"ringjax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        sys.stderr.close()
+        sys.exit(0)
