@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -267,6 +268,11 @@ def _token_array(name: str, value: ArrayLike, batch: int, length: int) -> jax.Ar
         raise ValueError(f"{name} have dtype {array.dtype}; they must be integers.")
     if array.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} have shape {array.shape}; they must be ({batch}, {length}) or ({length},).")
+    if isinstance(value, np.ndarray) and (value != value.astype(np.int32)).any():
+        raise ValueError(
+            f"{name} reach from {value.min()} to {value.max()}; they must fit into int32. Number documents "
+            f"anew with np.unique(..., return_inverse=True)."
+        )
     return array.reshape(-1, length).astype(jnp.int32)
 
 

@@ -38,10 +38,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     lse = jnp.logaddexp(a.lse, b.lse)
     # Rows that met no key at all would otherwise compute exp(-inf - -inf).
     reference = jnp.where(lse == -jnp.inf, jnp.zeros_like(lse), lse)
-    out = (
-        a.out * jnp.exp(a.lse - reference)[..., None]
-        + b.out * jnp.exp(b.lse - reference)[..., None]
-    )
+    out = a.out * jnp.exp(a.lse - reference)[..., None] + b.out * jnp.exp(b.lse - reference)[..., None]
     return Partial(out, lse)
 
 

@@ -117,7 +117,9 @@ class Ring:
 
 def _require_one_of(name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
-        raise ValueError(f"Ring({name}={value!r}) is not known; choose one of {', '.join(map(repr, choices))}.")
+        raise ValueError(
+            f"Ring({name}={value!r}) is not known; choose one of {', '.join(map(repr, choices))}."
+        )
 
 
 def resolve_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
@@ -247,9 +249,7 @@ def place(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
 def reshard(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
     """`x` with the sharding that its type must show: Explicit axes as in `spec`, others are XLA's."""
     explicit = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
     }
     if not explicit:
         return x

@@ -26,9 +26,7 @@ class Schedule:
 
 
 @ft.lru_cache(maxsize=256)
-def make_schedule(
-    mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_shard: int
-) -> Schedule:
+def make_schedule(mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_shard: int) -> Schedule:
     """The shortest rotation after which every rank has met every key it attends to.
 
     Args:
@@ -42,9 +40,7 @@ def make_schedule(
     return Schedule(ring_size, steps=1 + int(np.flatnonzero(needed).max(initial=0)))
 
 
-def live_hops(
-    mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_shard: int
-) -> np.ndarray:
+def live_hops(mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_shard: int) -> np.ndarray:
     """Whether rank r attends to anything in the shard that reaches it after h hops; bool `P P`."""
     live = np.zeros((ring_size, ring_size), bool)
     ranks = np.arange(ring_size)

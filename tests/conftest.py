@@ -104,8 +104,6 @@ def mesh() -> Callable[..., Mesh]:
         devices = jax.devices()
         if ring_size > len(devices):
             pytest.skip(f"a ring of {ring_size} needs more than {len(devices)} {PLATFORM} devices")
-        return jax.make_mesh(
-            (ring_size,), (axis_name,), axis_types=(kind,), devices=devices[:ring_size]
-        )
+        return jax.make_mesh((ring_size,), (axis_name,), axis_types=(kind,), devices=devices[:ring_size])
 
     return make

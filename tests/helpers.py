@@ -337,11 +337,7 @@ def hlo_collectives(compiled_text: str) -> list[Collective]:
 
 def hlo_shapes(compiled_text: str) -> set[HloShape]:
     """Every array that some instruction makes, on one device; inside fusions too."""
-    return {
-        shape
-        for result, _ in _instructions(compiled_text)
-        for shape in _leaves(_parse_type(result))
-    }
+    return {shape for result, _ in _instructions(compiled_text) for shape in _leaves(_parse_type(result))}
 
 
 def hlo_largest_shape(compiled_text: str) -> HloShape:

@@ -71,9 +71,7 @@ def test_huge_logits_do_not_overflow(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize(
-    "bias_shape", [None, (2, 4, 5, 7), (1, 4, 1, 7), (2, 1, 5, 1), (1, 1, 5, 7)]
-)
+@pytest.mark.parametrize("bias_shape", [None, (2, 4, 5, 7), (1, 4, 1, 7), (2, 1, 5, 1), (1, 1, 5, 7)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_are_finite_differences(
     rng: np.random.Generator,
@@ -95,9 +93,7 @@ def test_gradients_are_finite_differences(
         out, lse = helpers.oracle(**point, mask=mask, scale=0.7, softcap=softcap)
         return (dout * out).sum() + (dlse * np.where(np.isneginf(lse), 0.0, lse)).sum()
 
-    grads = helpers.oracle_grads(
-        **point, dout=dout, dlse=dlse, mask=mask, scale=0.7, softcap=softcap
-    )
+    grads = helpers.oracle_grads(**point, dout=dout, dlse=dlse, mask=mask, scale=0.7, softcap=softcap)
     assert len(grads) == len(point)
     step = 1e-5
     for (name, at), grad in zip(point.items(), grads, strict=True):

@@ -22,9 +22,7 @@ def make_ring_mesh(count: int | None, ring: Ring) -> Mesh:
         CommandError: so many devices cannot be had.
     """
     if count is not None and not 1 <= count <= MOST_SIMULATED:
-        raise CommandError(
-            f"--devices {count} cannot be had: give a number from 1 to {MOST_SIMULATED}."
-        )
+        raise CommandError(f"--devices {count} cannot be had: give a number from 1 to {MOST_SIMULATED}.")
     try:
         jax.config.update("jax_num_cpu_devices", count or DEFAULT_SIMULATED)
     except RuntimeError:  # the backend has started: what it has must do

@@ -56,15 +56,15 @@ def read_document(path: str, question: str) -> Document:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise CommandError(f"{name} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}.") from None
+        raise CommandError(
+            f"{name} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}."
+        ) from None
     if not text.strip():
         raise CommandError(f"{name} is empty: there is nothing to ask about.")
     return Document(name=name, text=text, question=question)
 
 
-def plant(
-    encode: Callable[[str], list[int]], *, depth: float, tokens: int, rng: random.Random
-) -> Document:
+def plant(encode: Callable[[str], list[int]], *, depth: float, tokens: int, rng: random.Random) -> Document:
     """The first part of a standard library's source file, with one sentence that does not belong there.
 
     Args:

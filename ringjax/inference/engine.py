@@ -80,9 +80,7 @@ class Engine:
     ) -> Self:
         """The engine of a checkpoint; see `ringjax.models.checkpoints.open_checkpoint`."""
         parameters = load_parameters(checkpoint, dtype)
-        return cls(
-            checkpoint.config, parameters, mesh=mesh, ring=ring, dtype=dtype, progress=progress
-        )
+        return cls(checkpoint.config, parameters, mesh=mesh, ring=ring, dtype=dtype, progress=progress)
 
     def generate(
         self,

@@ -120,9 +120,7 @@ class Model:
             q, k = rotary(q, at[None]), rotary(k, at[None])
             keys = kv_cache.append(keys, k, slots, index)
             values = kv_cache.append(values, v, slots, index)
-            partial = kv_cache.attend(
-                q, keys[index], values[index], at, held, scale=config.head_dim**-0.5
-            )
+            partial = kv_cache.attend(q, keys[index], values[index], at, held, scale=config.head_dim**-0.5)
             out = kv_cache.scatter_and_merge(partial, axis_name)[:, 0].astype(x.dtype)
             x = x + lax.psum(out @ w["attention"]["o_proj"]["kernel"], axis_name)
             h, mlp = norm(x, w["mlp_norm"]), w["mlp"]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ..masks import Tokens, attends
 from ..partials import Partial
@@ -186,9 +186,9 @@ class _Grid:
         """Keys, values and place of the visit-th block of keys that the row attends to."""
         block = self.visits.blocks[_of_batch(self.visits.blocks, at.batch), at.block, visit]
         kv_at = _KVBlock(self.kv_starts[block], _pick(self.kv_tokens, at.batch, block))
-        fused = lax.dynamic_slice(
-            kv, self._kv_index(at, kv_at), (1, self.kv_size, 1, kv.shape[-1])
-        ).reshape(self.kv_size, kv.shape[-1])
+        fused = lax.dynamic_slice(kv, self._kv_index(at, kv_at), (1, self.kv_size, 1, kv.shape[-1])).reshape(
+            self.kv_size, kv.shape[-1]
+        )
         fused = fused.astype(self.dtype)
         return fused[:, : self.head_size], fused[:, self.head_size :], kv_at
 

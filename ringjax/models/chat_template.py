@@ -79,8 +79,7 @@ def render_chat(
         return environment.from_string(template).render(
             **special_tokens,
             messages=[
-                {key: value for key, value in message.items() if value is not None}
-                for message in messages
+                {key: value for key, value in message.items() if value is not None} for message in messages
             ],
             tools=None,
             documents=None,

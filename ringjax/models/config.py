@@ -65,9 +65,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeKind):
-            raise ValueError(
-                f"unknown rope scaling {self.kind!r}: choose one of {list(get_args(RopeKind))}"
-            )
+            raise ValueError(f"unknown rope scaling {self.kind!r}: choose one of {list(get_args(RopeKind))}")
         if self.factor < 1:
             raise ValueError(f"rope scaling factor must be at least 1, got {self.factor}")
         read: tuple[str, ...] = ()
@@ -170,8 +168,7 @@ class DecoderConfig:
             return
         if self.rope_scaling is not None:
             raise ValueError(
-                "rope_scaling and rope_frequency_factors both change the rotary frequencies: "
-                "give one of them"
+                "rope_scaling and rope_frequency_factors both change the rotary frequencies: give one of them"
             )
         if len(factors) != self.head_dim // 2 or not all(factor > 0 for factor in factors):
             raise ValueError(
@@ -221,8 +218,7 @@ class DecoderConfig:
             num_layers=config["num_hidden_layers"],
             num_heads=num_heads,
             # An absent key means the model type's default, a null means no grouping.
-            num_kv_heads=config.get("num_key_value_heads", defaults.get("num_key_value_heads"))
-            or num_heads,
+            num_kv_heads=config.get("num_key_value_heads", defaults.get("num_key_value_heads")) or num_heads,
             head_dim=_get(config, "head_dim", config["hidden_size"] // num_heads),
             rms_norm_eps=_get(config, "rms_norm_eps", 1e-6),
             rope_theta=_get(rope, "rope_theta", 10_000.0),

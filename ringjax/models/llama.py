@@ -22,7 +22,7 @@ from .checkpoints import Checkpoint
 from .config import DecoderConfig
 from .rope import make_rotary
 
-__all__ = ["Decoder", "DecoderLayer", "MLP", "load_parameters"]
+__all__ = ["MLP", "Decoder", "DecoderLayer", "load_parameters"]
 
 
 class MLP(nnx.Module):

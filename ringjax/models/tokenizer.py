@@ -78,9 +78,7 @@ class Tokenizer:
             if token.content.strip() and token.content in (chat_template or "")
         }
         self._control = {
-            id: added[id].content
-            for id in added
-            if id in self._special_ids | self.stop_ids | in_template
+            id: added[id].content for id in added if id in self._special_ids | self.stop_ids | in_template
         }
         self._plain_backend: tokenizers.Tokenizer | None = None
 
@@ -200,9 +198,7 @@ class Tokenizer:
         for i, message in enumerate(messages):
             for key in ("role", "content"):
                 if not isinstance(message.get(key), str):
-                    raise ValueError(
-                        f"message {i} needs a string {key!r}, got {message.get(key)!r}"
-                    )
+                    raise ValueError(f"message {i} needs a string {key!r}, got {message.get(key)!r}")
         disguise = Disguise(
             self._control.values(),
             [self.chat_template, *self._special_tokens.values(), *_strings(messages)],
@@ -264,9 +260,7 @@ class Tokenizer:
             if merges := state["model"].get("merges"):
                 state["model"]["merges"] = [m for m in merges if "".join(m) not in control]
             plain = tokenizers.Tokenizer.from_str(json.dumps(state))
-            plain.add_special_tokens(
-                [tokenizers.AddedToken(text, special=True) for text in sorted(control)]
-            )
+            plain.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in sorted(control)])
             plain.encode_special_tokens = True
             self._plain_backend = plain
             return plain

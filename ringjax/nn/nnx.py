@@ -167,9 +167,7 @@ class RingAttention(nnx.Module):
         if self.cache is None:
             raise ValueError("RingAttention(decode=True): there is no cache yet; call init_cache() first.")
         if segment_ids is not None:
-            raise NotImplementedError(
-                "RingAttention(decode=True) takes one document; leave segment_ids out."
-            )
+            raise NotImplementedError("RingAttention(decode=True) takes one document; leave segment_ids out.")
         mesh = resolve_mesh(self.mesh)
         axis_name = self.ring.axis_name
         if positions is None:

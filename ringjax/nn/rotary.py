@@ -6,7 +6,6 @@ References:
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -26,9 +25,7 @@ class Rotary:
     frequencies: tuple[float, ...]
     scale: float = 1.0
 
-    def __call__(
-        self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"]
-    ) -> Float[Array, "B T N H"]:
+    def __call__(self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"]) -> Float[Array, "B T N H"]:
         """Rotates `x`, computing in float32; padding (position -1) is rotated too, which harms nothing."""
         angles = positions[..., None].astype(jnp.float32) * np.asarray(self.frequencies, np.float32)
         cos = (jnp.cos(angles) * self.scale)[..., None, :]

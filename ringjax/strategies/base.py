@@ -4,7 +4,6 @@ import dataclasses
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from .. import layouts
@@ -76,6 +75,7 @@ def vary_alike(*trees):
     the start, and casting the arguments here, outside the custom gradient, leaves the sum over a
     replicated argument's cotangents to JAX.
     """
+
     def axes_of(x):
         return jax.typeof(x).manual_axis_type.varying
 

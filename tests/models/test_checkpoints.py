@@ -164,9 +164,7 @@ class TestGGUF:
         assert config == expected
 
     @pytest.mark.parametrize("name", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-    def test_quantized_tensors_are_what_the_package_makes_of_them(
-        self, tmp_path: Path, name: str
-    ) -> None:
+    def test_quantized_tensors_are_what_the_package_makes_of_them(self, tmp_path: Path, name: str) -> None:
         qtype = gguf.GGMLQuantizationType[name]
         weights = make_weights()
         checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", weights, qtype=qtype))
@@ -415,9 +413,7 @@ class TestFolder:
             open_checkpoint(folder)
 
     def test_quantized_folders_are_refused(self, tmp_path: Path) -> None:
-        folder = write_folder(
-            tmp_path / "m", make_weights(), quantization_config={"quant_method": "gptq"}
-        )
+        folder = write_folder(tmp_path / "m", make_weights(), quantization_config={"quant_method": "gptq"})
         with pytest.raises(UnsupportedCheckpointError, match="quantized by 'gptq'"):
             open_checkpoint(folder)
 
@@ -445,9 +441,7 @@ class TestOpening:
         with pytest.raises(CheckpointError, match="give its folder"):
             open_checkpoint(folder / "model.safetensors")
 
-    def test_hub_name_without_the_hub_package_says_what_to_do(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_hub_name_without_the_hub_package_says_what_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         with pytest.raises(CheckpointError, match="'owner/name' .*pip install huggingface_hub"):
             open_checkpoint("owner/name")
@@ -496,18 +490,14 @@ class TestConfig:
             "original_max_position_embeddings": 64,
         }
         old = HF_CONFIG | {"rope_scaling": scaling | {"rope_type": "llama3"}}
-        new = HF_CONFIG | {
-            "rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5000.0}
-        }
+        new = HF_CONFIG | {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5000.0}}
         del new["rope_theta"]
         assert DecoderConfig.from_hf(old) == DecoderConfig.from_hf(new)
         assert DecoderConfig.from_hf(new).rope_scaling == RopeScaling(kind="llama3", **scaling)
         assert DecoderConfig.from_hf(new).rope_theta == 5000.0
 
     def test_oldest_rope_form_is_read(self) -> None:
-        config = DecoderConfig.from_hf(
-            HF_CONFIG | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
-        )
+        config = DecoderConfig.from_hf(HF_CONFIG | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
         assert config.rope_scaling == RopeScaling(kind="dynamic", factor=2.0)
 
     def test_yarn_weights_become_the_attention_factor(self) -> None:
@@ -594,9 +584,7 @@ def test_every_weight_of_the_default_model_equals_transformers() -> None:
     state = model.state_dict()
     assert set(checkpoint.names) == set(state) - {"lm_head.weight"}
     for name in [*checkpoint.names, "lm_head.weight"]:
-        np.testing.assert_array_equal(
-            checkpoint.tensor(name), state[name].numpy(), err_msg=name, strict=True
-        )
+        np.testing.assert_array_equal(checkpoint.tensor(name), state[name].numpy(), err_msg=name, strict=True)
     theirs = model.config
     assert checkpoint.config.max_position_embeddings == theirs.max_position_embeddings
     assert checkpoint.config.rope_theta == theirs.rope_parameters["rope_theta"]

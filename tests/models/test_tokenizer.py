@@ -74,8 +74,7 @@ def noise(rng: random.Random) -> str:
         "\x00\x1b\x85",
     ]
     return "".join(
-        "".join(rng.choices(rng.choice(pools), k=rng.randint(1, 5)))
-        for _ in range(rng.randint(1, 60))
+        "".join(rng.choices(rng.choice(pools), k=rng.randint(1, 5))) for _ in range(rng.randint(1, 60))
     )
 
 
@@ -465,12 +464,8 @@ class TestTransformers:
 
     def test_special_tokens_have_the_same_ids(self, smollm: Tokenizer, peer: Any) -> None:
         text = "a" + "\n b ".join(SPECIAL) + "<|im_end|>x"
-        assert smollm.encode(text, allow_special=True) == peer.encode(
-            text, add_special_tokens=False
-        )
-        assert smollm.encode(text) == peer.encode(
-            text, add_special_tokens=False, split_special_tokens=True
-        )
+        assert smollm.encode(text, allow_special=True) == peer.encode(text, add_special_tokens=False)
+        assert smollm.encode(text) == peer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def test_ordinary_chats_have_the_same_ids(self, smollm: Tokenizer, peer: Any) -> None:
         rng = random.Random(1)
@@ -483,9 +478,7 @@ class TestTransformers:
             ]
             if i % 2:
                 messages.insert(0, {"role": "system", "content": contents[i + 2]})
-            theirs = peer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
+            theirs = peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             if any(token in message["content"] for message in messages for token in SPECIAL):
                 continue
             assert smollm.chat(messages) == theirs

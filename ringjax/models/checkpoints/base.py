@@ -62,16 +62,14 @@ class Checkpoint(abc.ABC):
         for setting in ("attention_bias", "mlp_bias"):
             if getattr(config, setting):
                 raise UnsupportedCheckpointError(
-                    f"{path}: {setting}=True is not supported: the decoder's projections have no "
-                    "biases"
+                    f"{path}: {setting}=True is not supported: the decoder's projections have no biases"
                 )
         for name, shape in expected.items():
             if name not in shapes:
                 raise CheckpointError(f"{path}: tensor {name!r} of shape {shape} is missing")
             if shapes[name] != shape:
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} has shape {shapes[name]}, but the config makes it "
-                    f"{shape}"
+                    f"{path}: tensor {name!r} has shape {shapes[name]}, but the config makes it {shape}"
                 )
         # transformers ignores a stored head when the config ties it, and so does this.
         ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -82,8 +80,7 @@ class Checkpoint(abc.ABC):
         ]
         if extra:
             raise UnsupportedCheckpointError(
-                f"{path}: {len(extra)} tensors are not part of a Llama decoder, the first is "
-                f"{extra[0]!r}"
+                f"{path}: {len(extra)} tensors are not part of a Llama decoder, the first is {extra[0]!r}"
             )
         self._names = tuple(expected)
 
@@ -167,6 +164,4 @@ def import_optional(package: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs the package {package!r}: pip install 'ringjax[llm]'"
-        ) from error
+        raise ImportError(f"{purpose} needs the package {package!r}: pip install 'ringjax[llm]'") from error

@@ -51,9 +51,7 @@ class GGUFCheckpoint(Checkpoint):
         header = read_header(path)
         _check_architecture(path, header)
         self._metadata = header.metadata
-        self._infos = {
-            _hf_name(name): info for name, info in header.tensors.items() if name != _ROPE_FACTORS
-        }
+        self._infos = {_hf_name(name): info for name, info in header.tensors.items() if name != _ROPE_FACTORS}
         try:
             config = _config(path, header)
         except CheckpointError:
@@ -137,8 +135,7 @@ def _check_architecture(path: pathlib.Path, header: GGUFHeader) -> None:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedCheckpointError(
-            f"{path}: architecture {architecture!r} is not supported: ringjax reads 'llama' GGUF "
-            "files"
+            f"{path}: architecture {architecture!r} is not supported: ringjax reads 'llama' GGUF files"
         )
     if (parts := metadata.get("split.count", 1)) > 1:
         raise UnsupportedCheckpointError(
@@ -177,9 +174,7 @@ def _config(path: pathlib.Path, header: GGUFHeader) -> DecoderConfig:
         rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
         rope_theta=get("rope.freq_base", 10_000.0),
         rope_scaling=_rope_scaling(get),
-        rope_frequency_factors=(
-            tuple(_dequantize(path, factors).ravel().tolist()) if factors else None
-        ),
+        rope_frequency_factors=(tuple(_dequantize(path, factors).ravel().tolist()) if factors else None),
         max_position_embeddings=get("context_length"),
         tie_word_embeddings="output.weight" not in header.tensors,
         attention_bias=any(name.endswith("attn_q.bias") for name in header.tensors),

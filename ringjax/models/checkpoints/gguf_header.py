@@ -69,9 +69,7 @@ def read_header(path: pathlib.Path) -> GGUFHeader:
     with path.open("rb") as file:
         cursor = _Cursor(path, file)
         if (magic := cursor.take(len(MAGIC))) != MAGIC:
-            raise CheckpointError(
-                f"{path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}"
-            )
+            raise CheckpointError(f"{path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
         version = cursor.scalar("I")
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
@@ -90,14 +88,10 @@ def _locate(
     cursor: "_Cursor", metadata: dict[str, Any], raw: list[tuple[str, tuple[int, ...], int, int]]
 ) -> dict[str, TensorInfo]:
     """Turn offsets within the data section into offsets within a file that is long enough."""
-    sizes: dict[int, tuple[int, int]] = import_optional(
-        "gguf", "reading GGUF files"
-    ).GGML_QUANT_SIZES
+    sizes: dict[int, tuple[int, int]] = import_optional("gguf", "reading GGUF files").GGML_QUANT_SIZES
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise CheckpointError(
-            f"{cursor.path}: general.alignment must be a power of two, got {alignment!r}"
-        )
+        raise CheckpointError(f"{cursor.path}: general.alignment must be a power of two, got {alignment!r}")
     data_start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
     for name, shape, type_id, offset in raw:
@@ -111,8 +105,7 @@ def _locate(
         block_size, block_bytes = sizes[type_id]
         if not shape or shape[-1] % block_size:
             raise CheckpointError(
-                f"{cursor.path}: tensor {name!r} of shape {shape} does not divide into blocks of "
-                f"{block_size}"
+                f"{cursor.path}: tensor {name!r} of shape {shape} does not divide into blocks of {block_size}"
             )
         tensors[name] = TensorInfo(
             name=name,
@@ -169,9 +162,7 @@ class _Cursor:
             case _ if kind == _ARRAY:
                 return self._array(key)
             case _:
-                raise CheckpointError(
-                    f"{self.path}: metadata {key!r} is of the unknown value type {kind}"
-                )
+                raise CheckpointError(f"{self.path}: metadata {key!r} is of the unknown value type {kind}")
 
     def _array(self, key: str) -> list[Any]:
         kind, length = self.scalar("I"), self.scalar("Q")
@@ -187,8 +178,7 @@ class _Cursor:
         num_dims = self.scalar("I")
         if num_dims > _MAX_DIMS:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} claims {num_dims} dimensions; GGUF has at most "
-                f"{_MAX_DIMS}"
+                f"{self.path}: tensor {name!r} claims {num_dims} dimensions; GGUF has at most {_MAX_DIMS}"
             )
         shape = tuple(self.scalar("Q") for _ in range(num_dims))[::-1]
         return name, shape, self.scalar("I"), self.scalar("Q")

@@ -143,16 +143,12 @@ def _locate(path: pathlib.Path) -> dict[str, _Stored]:
         if pathlib.PurePath(shard).name != shard:
             raise CheckpointError(f"{path / _INDEX} names a shard outside the folder: {shard!r}")
         if not (path / shard).exists():
-            raise CheckpointError(
-                f"{path}: shard {shard!r}, one of {len(shards)} in {_INDEX}, is missing"
-            )
+            raise CheckpointError(f"{path}: shard {shard!r}, one of {len(shards)} in {_INDEX}, is missing")
     headers = {shard: _read_safetensors_header(path / shard) for shard in shards}
     stored = {}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise CheckpointError(
-                f"{path / shard} lacks tensor {name!r}, which {_INDEX} puts there"
-            )
+            raise CheckpointError(f"{path / shard} lacks tensor {name!r}, which {_INDEX} puts there")
         stored[name] = headers[shard][name]
     return stored
 
@@ -191,8 +187,7 @@ def _read_safetensors_header(path: pathlib.Path) -> dict[str, _Stored]:
     for name, (dtype, shape, first, last) in entries.items():
         if dtype in _DTYPES and last - first != math.prod(shape) * _DTYPES[dtype].itemsize:
             raise CheckpointError(
-                f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} cannot take "
-                f"{last - first} bytes"
+                f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} cannot take {last - first} bytes"
             )
         stored[name] = _Stored(path=path, dtype=dtype, shape=shape, offset=start + first)
     return stored

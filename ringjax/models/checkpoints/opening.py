@@ -55,9 +55,7 @@ def _open_file(path: pathlib.Path) -> Checkpoint:
     if start == MAGIC:
         return GGUFCheckpoint(path)
     if path.suffix == ".safetensors":
-        raise CheckpointError(
-            f"{path} is only the weights: give its folder, which must hold config.json too"
-        )
+        raise CheckpointError(f"{path} is only the weights: give its folder, which must hold config.json too")
     raise CheckpointError(
         f"{path} is of an unknown format: it begins with {start!r} where a GGUF file has {MAGIC!r}"
     )
@@ -72,8 +70,7 @@ def _fetch(name: str) -> pathlib.Path:
         import huggingface_hub
     except ImportError as error:
         raise CheckpointError(
-            f"fetching {name!r} from the hub needs huggingface_hub: pip install huggingface_hub, "
-            f"or {advice}"
+            f"fetching {name!r} from the hub needs huggingface_hub: pip install huggingface_hub, or {advice}"
         ) from error
     try:
         folder = huggingface_hub.snapshot_download(
@@ -82,7 +79,5 @@ def _fetch(name: str) -> pathlib.Path:
     # The client raises its own, its HTTP library's and the system's errors; all mean no model.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"could not fetch {name!r} from the hub: {reason}; {advice}") from (
-            error
-        )
+        raise CheckpointError(f"could not fetch {name!r} from the hub: {reason}; {advice}") from (error)
     return pathlib.Path(folder)
