@@ -3,10 +3,12 @@
 import dataclasses
 import functools as ft
 import math
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -21,7 +23,32 @@ from .strategies import Problem, rotate_kv
 __all__ = ["ring_attention", "ring_attention_local"]
 
 PerSide = ArrayLike | tuple[ArrayLike | None, ArrayLike | None]
+Implementation = Literal["xla", "cudnn"]
 SIDES = ("query", "key")
+
+
+@overload
+def ring_attention(
+    query: Float[Array, "*B T N H"], key: Float[Array, "*B S K H"], value: Float[Array, "*B S K Hv"],
+    bias: ArrayLike | None = ..., mask: Mask | None = ..., *, scale: float | None = ...,
+    is_causal: bool = ..., query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ..., local_window_size: int | tuple[int, int] | None = ...,
+    implementation: Implementation | None = ..., return_residual: Literal[False] = ...,
+    segment_ids: PerSide | None = ..., positions: PerSide | None = ...,
+    mesh: Mesh | AbstractMesh | None = ..., ring: Ring = ...,
+) -> jax.Array: ...  # fmt: skip
+
+
+@overload
+def ring_attention(
+    query: Float[Array, "*B T N H"], key: Float[Array, "*B S K H"], value: Float[Array, "*B S K Hv"],
+    bias: ArrayLike | None = ..., mask: Mask | None = ..., *, scale: float | None = ...,
+    is_causal: bool = ..., query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ..., local_window_size: int | tuple[int, int] | None = ...,
+    implementation: Implementation | None = ..., return_residual: Literal[True],
+    segment_ids: PerSide | None = ..., positions: PerSide | None = ...,
+    mesh: Mesh | AbstractMesh | None = ..., ring: Ring = ...,
+) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
 
 
 def ring_attention(
@@ -36,6 +63,7 @@ def ring_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementation | None = None,
     return_residual: bool = False,
     segment_ids: PerSide | None = None,
     positions: PerSide | None = None,
@@ -55,12 +83,14 @@ def ring_attention(
         value: `B S K Hv`.
         bias: not supported yet.
         mask: a mask spec such as `ringjax.Causal()`; boolean arrays are not supported yet.
-        scale: factor of the logits; None means `1 / sqrt(H)`.
+        scale: factor of the logits, a Python number; None means `1 / sqrt(H)`.
         is_causal: query i attends to keys j ≤ i, positions counted from the start of both sequences.
-        query_seq_lengths: int32 `B`; queries from there on are padding.
-        key_value_seq_lengths: int32 `B`; keys from there on are padding.
+        query_seq_lengths: integers `B`; queries from there on are padding.
+        key_value_seq_lengths: integers `B`; keys from there on are padding.
         local_window_size: not supported yet.
-        return_residual: also return the log-sum-exp, natural log, float32 `B T N`. Its cotangent is exact.
+        implementation: `"xla"` and None mean what `ring.kernel` says; `"cudnn"` is not supported.
+        return_residual: also return the log-sum-exp, natural log, `B T N` in float32 (float64 for float64
+            inputs). Its cotangent is exact.
         segment_ids: int32 `B T` or `T`, or a pair (query's, key's); tokens attend within their segment only.
         positions: int32, likewise; -1 marks padding. None means the layout's own.
         mesh: the mesh; None means the ambient one (`jax.set_mesh`).
@@ -85,7 +115,9 @@ def ring_attention(
     References:
         Liu, Zaharia and Abbeel, "Ring Attention with Blockwise Transformers", arXiv:2310.01889.
     """
+    _refuse_mask_as_bias(bias)
     _refuse_missing(bias=bias, local_window_size=local_window_size)
+    _check_implementation(implementation)
     arrays = [jnp.asarray(x) for x in (query, key, value)]
     batched = arrays[0].ndim == 4
     q, k, v = arrays if batched else (x[None] for x in arrays)
@@ -136,6 +168,24 @@ def _attend(*arrays, problem: Problem, mesh: Mesh | AbstractMesh, in_specs: tupl
     )(*arrays)
 
 
+@overload
+def ring_attention_local(
+    query: Float[Array, "B T_local N H"], key: Float[Array, "B S_local K H"],
+    value: Float[Array, "B S_local K Hv"], mask: Mask | None = ..., *, scale: float | None = ...,
+    is_causal: bool = ..., return_residual: Literal[False] = ..., segment_ids: PerSide | None = ...,
+    positions: PerSide | None = ..., ring: Ring = ...,
+) -> jax.Array: ...  # fmt: skip
+
+
+@overload
+def ring_attention_local(
+    query: Float[Array, "B T_local N H"], key: Float[Array, "B S_local K H"],
+    value: Float[Array, "B S_local K Hv"], mask: Mask | None = ..., *, scale: float | None = ...,
+    is_causal: bool = ..., return_residual: Literal[True], segment_ids: PerSide | None = ...,
+    positions: PerSide | None = ..., ring: Ring = ...,
+) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+
+
 def ring_attention_local(
     query: Float[Array, "B T_local N H"],
     key: Float[Array, "B S_local K H"],
@@ -159,9 +209,9 @@ def ring_attention_local(
         key: this rank's keys, `B S_local K H`.
         value: this rank's values, `B S_local K Hv`.
         mask: a mask spec.
-        scale: factor of the logits; None means `1 / sqrt(H)`.
+        scale: factor of the logits, a Python number; None means `1 / sqrt(H)`.
         is_causal: also require key position ≤ query position.
-        return_residual: also return the log-sum-exp, float32 `B T_local N`.
+        return_residual: also return the log-sum-exp, `B T_local N` in float32 (float64 for float64 inputs).
         segment_ids: of this rank's tokens, `B T_local` or `T_local`, or a pair (query's, key's).
         positions: likewise; -1 marks padding. None means the layout's own, with no padding.
         ring: how the sequence is distributed.
@@ -207,10 +257,19 @@ def _problem(q, padded, lengths, ring_size, mask, is_causal, scale, ring, q_toke
         q_length=lengths[0],
         kv_length=lengths[1],
         mask=mask,
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale=_resolve_scale(scale, q.shape[-1]),
         kernel="blockwise" if ring.kernel == "auto" else ring.kernel,
         block_sizes=ring.block_sizes or BlockSizes(),
     )
+
+
+def _resolve_scale(scale: float | None, head_size: int) -> float:
+    if isinstance(scale, Tracer):
+        raise ValueError(
+            f"scale is {scale}, which is traced: it must be a Python number, for it is part of the compiled "
+            f"program. Multiply the query by a scale that is computed, and pass scale=1.0."
+        )
+    return head_size**-0.5 if scale is None else float(scale)
 
 
 def _resolve_mask(mask: Mask | None, is_causal: bool) -> Mask:
@@ -219,11 +278,18 @@ def _resolve_mask(mask: Mask | None, is_causal: bool) -> Mask:
             return Causal() if is_causal else Full()
         case Mask():
             return mask & Causal() if is_causal else mask
-        case _:
+        case jax.Array() | np.ndarray():
             raise NotImplementedError(
                 f"ring_attention(mask={type(mask).__name__}): mask arrays are not supported yet. Pass a mask "
                 f"spec such as ringjax.Causal(), or segment_ids for packed documents."
             )
+        case type():
+            raise ValueError(
+                f"ring_attention(mask={mask.__name__}): this is a class; a mask spec is a value such as "
+                f"ringjax.Causal(), with parentheses."
+            )
+        case _:
+            raise ValueError(f"ring_attention(mask={mask!r}): pass a mask spec such as ringjax.Causal().")
 
 
 def _tokens(batch, own_positions, segment_ids, positions, seq_lengths):
@@ -243,9 +309,7 @@ def _tokens(batch, own_positions, segment_ids, positions, seq_lengths):
         length = own.shape[1]
         position = own if position is None else _token_array(f"{side} positions", position, batch, length)
         if seq_length is not None:
-            seq_length = jnp.asarray(seq_length, jnp.int32)
-            if seq_length.shape != (batch,):
-                raise ValueError(f"{side} lengths have shape {seq_length.shape}; they must be ({batch},).")
+            seq_length = _length_array(f"{side} lengths", seq_length, batch)
             position = jnp.where(own < seq_length[:, None], position, jnp.int32(-1))
         if segment is not None:
             segment = _token_array(f"{side} segment_ids", segment, batch, length)
@@ -274,6 +338,15 @@ def _token_array(name: str, value: ArrayLike, batch: int, length: int) -> jax.Ar
             f"anew with np.unique(..., return_inverse=True)."
         )
     return array.reshape(-1, length).astype(jnp.int32)
+
+
+def _length_array(name: str, value: ArrayLike, batch: int) -> jax.Array:
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} have dtype {array.dtype}; they must be integers.")
+    if array.shape != (batch,):
+        raise ValueError(f"{name} have shape {array.shape}; they must be ({batch},).")
+    return array.astype(jnp.int32)
 
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -324,6 +397,30 @@ def _check_split(q: jax.Array, k: jax.Array, mesh: Mesh | AbstractMesh, ring: Ri
         size = math.prod(mesh.shape[name] for name in axes)
         if count % size:
             raise ValueError(f"{what} {count} does not divide over mesh axes {axes} of size {size}.")
+
+
+def _check_implementation(implementation: Implementation | None) -> None:
+    match implementation:
+        case None | "xla":
+            return
+        case "cudnn":
+            raise NotImplementedError(
+                "ring_attention(implementation='cudnn') is not supported. Leave it out; Ring(kernel=...) "
+                "chooses what computes on each device."
+            )
+        case _:
+            raise ValueError(
+                f"ring_attention(implementation={implementation!r}) is not known; choose one of None, 'xla'."
+            )
+
+
+def _refuse_mask_as_bias(bias: object) -> None:
+    spec = bias if isinstance(bias, type) else type(bias)
+    if issubclass(spec, Mask):
+        raise ValueError(
+            f"ring_attention: the mask spec {spec.__name__} came as the bias, which is the fourth argument. "
+            f"Pass it as mask={spec.__name__}(...)."
+        )
 
 
 def _refuse_missing(**features: object) -> None:

@@ -1,8 +1,8 @@
 """A key/value cache whose sequence is split over the ring, and attention against it.
 
-Nothing rotates here: few queries meet a long cache, so every rank attends to the keys it holds, and the partial
-results are merged by their log-sum-exp in one collective. All functions run inside `shard_map` and see one rank's
-shard.
+Nothing rotates here: few queries meet a long cache, so every rank attends to the keys it holds, and the
+partial results are merged by their log-sum-exp in one collective. All functions but `make_cache` run inside
+`shard_map` and see one rank's shard.
 
 References:
     Shyam et al., "Tree Attention", arXiv:2408.04093, section 4.
@@ -52,7 +52,7 @@ def make_cache(
 def free_slots(
     positions: Int[Array, "S"], new: Int[Array, "T"], axis_name: str | tuple[str, ...]
 ) -> tuple[Int[Array, "T"], Int[Array, "S"]]:
-    """Where the new tokens go: token p to rank `p % P`, into the first free slot, so that ranks stay balanced.
+    """Where new tokens go: token p to rank `p % P`, into the first free slot, so that ranks stay balanced.
 
     Args:
         positions: the tokens that this rank's slots hold.

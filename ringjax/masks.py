@@ -45,10 +45,12 @@ class Full(Mask):
     """Every query attends to every key."""
 
     def allowed(self, q_position: jax.Array, kv_position: jax.Array) -> jax.Array:
+        """True everywhere."""
         shape = jnp.broadcast_shapes(jnp.shape(q_position), jnp.shape(kv_position))
         return jnp.ones(shape, jnp.bool_)
 
     def bounds(self, q_min, q_max, kv_min, kv_max):
+        """Both True, wherever there is a query."""
         return q_min <= q_max, q_min <= q_max
 
 
@@ -57,9 +59,11 @@ class Causal(Mask):
     """Query i attends to keys j ≤ i, positions counted from the start of both sequences."""
 
     def allowed(self, q_position: jax.Array, kv_position: jax.Array) -> jax.Array:
+        """True where the key stands at or before the query."""
         return kv_position <= q_position
 
     def bounds(self, q_min, q_max, kv_min, kv_max):
+        """Whether the last query sees the first key, and whether the first query sees the last."""
         return kv_min <= q_max, kv_max <= q_min
 
 
@@ -111,30 +115,26 @@ def verdicts(mask: Mask, q: Tokens, kv: Tokens) -> Int[Array, "B nq nk"]:
         q: the query side in blocks: positions and segments are `B nq block`.
         kv: the key side, `B nk block`.
     """
-    (q_low, q_high, q_padded), (kv_low, kv_high, kv_padded) = _extremes(q), _extremes(kv)
-    some, every = mask.bounds(
-        q_low.positions[..., :, None],
-        q_high.positions[..., :, None],
-        kv_low.positions[..., None, :],
-        kv_high.positions[..., None, :],
-    )
-    every &= ~(q_padded[..., :, None] | kv_padded[..., None, :])
+    q_padded, kv_padded = q.positions < 0, kv.positions < 0
+    q_low, q_high = (x[..., :, None] for x in _extremes(q.positions, q_padded))
+    kv_low, kv_high = (x[..., None, :] for x in _extremes(kv.positions, kv_padded))
+    some, every = mask.bounds(q_low, q_high, kv_low, kv_high)
+    every &= ~(q_padded.any(axis=-1)[..., :, None] | kv_padded.any(axis=-1)[..., None, :])
     # A block of nothing but padding has its extremes crossed.
-    some &= (q_low.positions <= q_high.positions)[..., :, None]
-    some &= (kv_low.positions <= kv_high.positions)[..., None, :]
+    some &= q_low <= q_high
+    some &= kv_low <= kv_high
     if q.segments is not None and kv.segments is not None:
-        first, last = q_low.segments[..., :, None], q_high.segments[..., :, None]
-        kv_first, kv_last = kv_low.segments[..., None, :], kv_high.segments[..., None, :]
+        first, last = (x[..., :, None] for x in _extremes(q.segments, q_padded))
+        kv_first, kv_last = (x[..., None, :] for x in _extremes(kv.segments, kv_padded))
         some &= (first <= kv_last) & (kv_first <= last)
         every &= (first == last) & (kv_first == kv_last) & (first == kv_first)
     verdict = jnp.where(every, jnp.int32(FULL), jnp.int32(PARTIAL))
     return jnp.where(some, verdict, jnp.int32(EMPTY))
 
 
-def _extremes(tokens: Tokens) -> tuple[Tokens, Tokens, Bool[Array, "B n"]]:
-    """Smallest and largest of each block, padding left out, and whether there is any padding."""
-    padded = tokens.positions < 0
+def _extremes(
+    x: Int[Array, "B n block"], padded: Bool[Array, "B n block"]
+) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+    """Smallest and largest of each block, padding left out."""
     big = jnp.iinfo(jnp.int32).max
-    low = jax.tree.map(lambda x: jnp.where(padded, big, x).min(axis=-1), tokens)
-    high = jax.tree.map(lambda x: jnp.where(padded, -big, x).max(axis=-1), tokens)
-    return low, high, padded.any(axis=-1)
+    return jnp.where(padded, big, x).min(axis=-1), jnp.where(padded, -big, x).max(axis=-1)

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from . import layouts
@@ -57,6 +58,11 @@ class Ring:
             object.__setattr__(self, name, (axes,) if isinstance(axes, str) else tuple(axes))
         if isinstance(self.axis_name, list):
             object.__setattr__(self, "axis_name", tuple(self.axis_name))
+        if not self.axis_names:
+            raise ValueError(
+                f"Ring(axis_name={self.axis_name!r}) names no mesh axis. Name the one, or the several, that "
+                f"the sequence is split over."
+            )
         used = (*self.axis_names, *self.batch_axes, *self.head_axes)
         if len(set(used)) != len(used):
             raise ValueError(
@@ -239,7 +245,7 @@ def _sequence_spec(ring: Ring, ndim: int, axis: int) -> P:
 
 def place(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
     """`x`, distributed over the mesh as `spec` says; under a trace as well as outside."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         if AxisType.Explicit in mesh.axis_types:
             return reshard(x, mesh, spec)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

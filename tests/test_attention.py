@@ -284,7 +284,7 @@ def jax_nn(*args, **kwargs):
         {},
         {"is_causal": True, "scale": 0.3},
         {"key_value_seq_lengths": [3, 30], "query_seq_lengths": [33, 7]},
-        {"is_causal": True, "key_value_seq_lengths": [1, 17]},
+        {"is_causal": True, "key_value_seq_lengths": [1, 17], "implementation": "xla"},
     ],
     ids=str,
 )
@@ -712,6 +712,25 @@ REFUSED = {
     "query lengths": (
         qkv(), {"query_seq_lengths": 3}, r"query lengths have shape \(\); they must be \(2,\)",
     ),
+    "float lengths": (
+        qkv(), {"key_value_seq_lengths": np.array([3.5, 4.0], np.float32)},
+        "key lengths have dtype float32; they must be integers",
+    ),
+    "boolean lengths": (
+        qkv(), {"query_seq_lengths": [True, False]}, "query lengths have dtype bool; they must be int",
+    ),
+    "mask as bias": (
+        (*qkv(), Causal()), {},
+        r"the mask spec Causal came as the bias, .* fourth argument\. Pass it as mask=Causal\(\.\.\.\)",
+    ),
+    "class as bias": ((*qkv(), Full), {}, r"the mask spec Full came as the bias, .* mask=Full\("),
+    "class as mask": (
+        qkv(), {"mask": Causal}, r"mask=Causal\): this is a class; .* ringjax\.Causal\(\), with paren",
+    ),
+    "name as mask": (qkv(), {"mask": "causal"}, r"mask='causal'\): pass a mask spec such as"),
+    "implementation": (
+        qkv(), {"implementation": "XLA"}, r"implementation='XLA'\) is not known; choose one of None, 'xla'",
+    ),
 }  # fmt: skip
 
 
@@ -720,6 +739,18 @@ def test_wrong_arguments_are_refused_before_any_trace(mesh, name) -> None:
     arrays, kwargs, text = REFUSED[name]
     with pytest.raises(ValueError, match=text):
         ring_attention(*arrays, mesh=mesh(2), **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.grad])
+def test_traced_scale_is_refused(mesh, wrap) -> None:
+    attend = lambda scale: ring_attention(*qkv(), scale=scale, mesh=mesh(2)).sum()
+    with pytest.raises(ValueError, match=r"scale is .* traced: it must be a Python number.*scale=1\.0"):
+        wrap(attend)(0.5)
+
+
+def test_ring_without_an_axis_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Ring\(axis_name=\(\)\) names no mesh axis"):
+        Ring(())
 
 
 def test_mesh_must_be_there_and_fit(mesh) -> None:
@@ -741,6 +772,7 @@ def test_mesh_must_be_there_and_fit(mesh) -> None:
         ({"bias": np.zeros((1, 1, 16, 16))}, r"ring_attention\(bias=\.\.\.\) is not supported yet"),
         ({"local_window_size": 4}, r"ring_attention\(local_window_size=\.\.\.\) is not supported"),
         ({"mask": np.ones((1, 1, 16, 16), bool)}, r"mask=ndarray\): mask arrays are not supported"),
+        ({"implementation": "cudnn"}, r"implementation='cudnn'\) is not supported\. .* Ring\(kernel="),
     ],
 )
 def test_what_is_missing_says_so(mesh, kwargs, text) -> None:

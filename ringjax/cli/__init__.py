@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; exits with 0, with 2 after a one-line error for wrong input, or with 130 if interrupted."""
+    """Runs a command; exits with 0, with 2 after a one-line error for wrong input, 130 if interrupted."""
     try:
         import tyro
     except ImportError:

@@ -39,8 +39,8 @@ EMBEDDED = "embedded"
 class Ask:
     """Ask a language model about a long document whose tokens are split over a ring of devices.
 
-    Without a document, a source file of Python's standard library is read, in which one sentence with a random
-    pass-phrase was planted; the model is asked for it.
+    Without a document, a source file of Python's standard library is read, in which one sentence with a
+    random pass-phrase was planted; the model is asked for it.
     """
 
     document: tyro.conf.Positional[str | None] = None
@@ -153,6 +153,8 @@ class Ask:
             raise CommandError(f"--document-tokens {self.document_tokens}: give at least 1.")
         if self.max_tokens < 1:
             raise CommandError(f"--max-tokens {self.max_tokens}: give at least 1.")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise CommandError(f"--seed {self.seed}: give a number from 0 to {2**32 - 1}.")
         with user_errors(ValueError):
             Sampler(temperature=self.temperature, top_p=self.top_p)
 
@@ -163,9 +165,9 @@ class Ask:
         context = checkpoint.config.max_position_embeddings
         if (excess := len(prompt) + self.max_tokens - context) > 0:
             raise CommandError(
-                f"{document.name} is too long by {excess} tokens: with the question it takes {len(prompt)}, and "
-                f"the answer up to {self.max_tokens} more, but the model's context is {context}. Shorten the "
-                f"document, lower --max-tokens, or give a --model with a longer context."
+                f"{document.name} is too long by {excess} tokens: with the question it takes {len(prompt)}, "
+                f"and the answer up to {self.max_tokens} more, but the model's context is {context}. Shorten "
+                f"the document, lower --max-tokens, or give a --model with a longer context."
             )
         return prompt
 
@@ -200,6 +202,8 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        # Where there is no terminal rich would show nothing, yet end with an empty line.
+        disable=not console.is_terminal,
     )
 
 
@@ -226,8 +230,8 @@ def _introduce(
     layout: str,
 ) -> None:
     console.print(
-        f"[bold]{escape(document.name)}[/]: {generation.prompt_tokens:,} tokens in {layout} layout over a ring of "
-        f"{ring_size}, read by {escape(checkpoint.path.name)}",
+        f"[bold]{escape(document.name)}[/]: {generation.prompt_tokens:,} tokens in {layout} layout over a "
+        f"ring of {ring_size}, read by {escape(checkpoint.path.name)}",
         highlight=False,
     )
     if document.passphrase is not None:

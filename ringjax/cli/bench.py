@@ -7,8 +7,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any, Literal
+import tempfile
+from typing import Any, Literal, Self
 
 import tyro
 from rich.console import Console
@@ -26,8 +26,9 @@ __all__ = ["Bench"]
 class Bench:
     """Measure against a peer, side by side in one run.
 
-    `generation` reads and continues random tokens with the default model, over a ring and with transformers. Each runs in
-    a process of its own, in turn, on the same processors; medians are shown, and the ratio of each pair.
+    `generation` reads and continues random tokens with the default model, over a ring and with transformers.
+    Each runs in a process of its own, in turn, on the same processors; medians are shown, and the ratio of
+    each pair.
     """
 
     what: tyro.conf.Positional[Literal["generation"]]
@@ -61,12 +62,14 @@ class Bench:
         with Progress(console=console, transient=True) as progress, contextlib.ExitStack() as stack:
             rounds = (self.repeats + 1) * len(contenders)
             task = progress.add_task("Starting", total=rounds)
-            workers = {name: stack.enter_context(self._worker(name, model)) for name in contenders}
+            workers = {
+                name: stack.enter_context(_Worker(name, self._settings(name, model))) for name in contenders
+            }
             for repeat in range(self.repeats + 1):
                 for name, worker in workers.items():
                     kind = f"round {repeat} of {self.repeats}" if repeat else "warm-up"
                     progress.update(task, description=f"{name}: {kind}")
-                    result = _ask(name, worker)
+                    result = worker.measure()
                     if repeat:
                         results[name].append(result)
                     progress.advance(task)
@@ -76,22 +79,16 @@ class Bench:
         else:
             _show(report)
 
-    @contextlib.contextmanager
-    def _worker(self, name: str, model: str) -> Iterator[subprocess.Popen[str]]:
+    def _settings(self, contender: str, model: str) -> str:
         settings = {
-            "contender": name,
+            "contender": contender,
             "model": model,
             "tokens": self.tokens,
             "new_tokens": self.new_tokens,
             "devices": self.devices,
             "layout": self.layout,
         }
-        command = [sys.executable, "-m", "ringjax.cli.bench_worker", json.dumps(settings)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
+        return json.dumps(settings)
 
     def _report(self, results: dict[str, list[dict[str, Any]]], missing: list[str]) -> dict[str, Any]:
         measured: dict[str, Any] = {
@@ -122,22 +119,50 @@ class Bench:
         return report
 
 
-def _ask(name: str, worker: subprocess.Popen[str]) -> dict[str, Any]:
-    assert worker.stdin is not None and worker.stdout is not None
-    with contextlib.suppress(BrokenPipeError):
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    for line in worker.stdout:
-        # Libraries may print what they like; the answer is the line that is JSON.
-        if line.startswith("{"):
-            return json.loads(line)
-    raise CommandError(f"the {name} process ended before it answered; what it said stands above.")
+class _Worker:
+    """One contender in a process of its own."""
+
+    def __init__(self, name: str, settings: str):
+        self._name = name
+        # What libraries have to say is shown only if the process fails.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - __exit__ closes it
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ringjax.cli.bench_worker", settings],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def measure(self) -> dict[str, Any]:
+        """One measurement; waits for it."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            stdin.write("go\n")
+            stdin.flush()
+        for line in stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self._log.seek(0)
+        last = (self._log.read().strip().splitlines() or ["it said nothing"])[-1]
+        raise CommandError(f"the {self._name} process ended before it answered: {last}")
 
 
 def _show(report: dict[str, Any]) -> None:
     console = Console()
     table = Table(
-        title=f"{report['tokens']:,} tokens read, {report['new_tokens']} decoded; medians of {report['repeats']}"
+        title=f"{report['tokens']:,} tokens read, {report['new_tokens']} decoded; "
+        f"medians of {report['repeats']}"
     )
     for heading in ("", "prefill", "decode", "version"):
         table.add_column(heading, justify="right" if heading in ("prefill", "decode") else "left")

@@ -1,5 +1,7 @@
 """Devices for a ring: accelerators where there are any, simulated ones on the CPU otherwise."""
 
+import contextlib
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -23,10 +25,8 @@ def make_ring_mesh(count: int | None, ring: Ring) -> Mesh:
     """
     if count is not None and not 1 <= count <= MOST_SIMULATED:
         raise CommandError(f"--devices {count} cannot be had: give a number from 1 to {MOST_SIMULATED}.")
-    try:
+    with contextlib.suppress(RuntimeError):  # the backend has started: what it has must do
         jax.config.update("jax_num_cpu_devices", count or DEFAULT_SIMULATED)
-    except RuntimeError:  # the backend has started: what it has must do
-        pass
     devices = jax.devices()
     count = count or (DEFAULT_SIMULATED if devices[0].platform == "cpu" else len(devices))
     if count > len(devices):

@@ -59,6 +59,8 @@ def read_document(path: str, question: str) -> Document:
         raise CommandError(
             f"{name} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}."
         ) from None
+    if "\0" in text:
+        raise CommandError(f"{name} is not text: byte {data.index(0)} is 0x00.")
     if not text.strip():
         raise CommandError(f"{name} is empty: there is nothing to ask about.")
     return Document(name=name, text=text, question=question)
@@ -74,7 +76,7 @@ def plant(encode: Callable[[str], list[int]], *, depth: float, tokens: int, rng:
         rng: chooses the pass-phrase.
     """
     source = pathlib.Path(argparse.__file__)
-    lines = source.read_text().splitlines(keepends=True)
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
     passphrase = "-".join(rng.sample(WORDS, 3))
     kept: list[str] = []
     used = 0

@@ -101,12 +101,17 @@ class Engine:
             stop_ids: tokens after which to stop; such a token is yielded last.
 
         Raises:
-            ValueError: the prompt is empty, holds an id outside the vocabulary, or does not fit the model's context
-                together with `max_tokens`.
+            ValueError: the prompt is empty, is no list of integers, holds an id outside the vocabulary, or
+                does not fit the model's context together with `max_tokens`.
         """
-        prompt = np.asarray(prompt_ids, np.int32)
-        if prompt.ndim != 1 or not len(prompt):
+        prompt = np.asarray(prompt_ids)
+        if not prompt.size:
             raise ValueError("generate: the prompt is empty; give at least one token id.")
+        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
+            raise ValueError(
+                f"generate: the prompt is no list of token ids: it has shape {prompt.shape} and dtype "
+                f"{prompt.dtype}."
+            )
         if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
             raise ValueError(
                 f"generate: token ids go from {prompt.min()} to {prompt.max()}, but the vocabulary from 0 "
@@ -120,6 +125,7 @@ class Engine:
                 f"of {self.config.max_position_embeddings} by {excess}. Shorten the prompt or max_tokens."
             )
         programs, compile_seconds = self._compile(len(prompt), max_tokens, sampler)
+        prompt = prompt.astype(np.int32)
         return Generation(self, programs, compile_seconds, prompt, max_tokens, seed, frozenset(stop_ids))
 
     def _compile(self, length: int, max_tokens: int, sampler: Sampler) -> "tuple[_Programs, float]":
@@ -133,7 +139,7 @@ class Engine:
         start = time.perf_counter()
         axis_name = self.ring.axis_name
         by_slot = P(None, None, None, axis_name, None)
-        cache_specs = KVCache(by_slot, by_slot, P(axis_name))
+        cache_specs = KVCache._make((by_slot, by_slot, P(axis_name)))
         run = ft.partial(jax.shard_map, mesh=self.mesh, out_specs=(P(), P(), cache_specs))
 
         def choose(step, rng, index):
@@ -159,7 +165,7 @@ class Engine:
             self.dtype,
             by_slot,
         )
-        cache = KVCache(kv, kv, shape((slots * self.ring_size,), jnp.int32, P(axis_name)))
+        cache = KVCache._make((kv, kv, shape((slots * self.ring_size,), jnp.int32, P(axis_name))))
         tokens = shape((1, local * self.ring_size), jnp.int32, P(None, axis_name))
         scalar, token = shape((), jnp.int32, P()), shape((1,), jnp.int32, P())
         rng = jax.eval_shape(lambda: jax.random.key(0))

@@ -37,7 +37,8 @@ class Sampler:
         """One token per row, int32."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / self.temperature
+        # Counted from the highest, and by no subnormal number: no temperature, however small, overflows.
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / max(self.temperature, 1e-30)
         if self.top_p < 1:
             logits = jnp.where(self._nucleus(logits), logits, -jnp.inf)
         return jax.random.categorical(rng, logits, axis=-1).astype(jnp.int32)

@@ -1,8 +1,8 @@
 """Prefill and decode as one rank sees them, inside `shard_map`.
 
-In prefill the sequence is split, so each rank has whole layers, gathered one at a time, and its own tokens. In decode
-there is one token, so each rank has that token and its own part of every layer; four small collectives a layer put
-the parts together.
+In prefill the sequence is split, so each rank has whole layers, gathered one at a time, and its own tokens.
+In decode there is one token, so each rank has that token and its own part of every layer; four small
+collectives a layer put the parts together.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class Model:
         """
         ring, axis_name = self.ring, self.ring.axis_name
         ring_size, rank = lax.axis_size(axis_name), lax.axis_index(axis_name)
-        batch, local = tokens.shape
+        local = tokens.shape[1]
         positions = layouts.local_positions(ring.layout, rank, ring_size, local, ring_size * local)
         spare = slots - local
 

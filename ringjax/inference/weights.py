@@ -2,8 +2,8 @@
 
 Each matrix is split along the axis that lets a rank use its piece in place when decoding (tensor parallel:
 columns of what makes heads and hidden units, rows of what consumes them), and is gathered whole, one layer
-at a time, in prefill. An axis that P does not divide is padded with zeros, which change nothing in a product and
-are cut off after a gather. Only the norms' scales, a few thousand numbers, are on every rank.
+at a time, in prefill. An axis that P does not divide is padded with zeros, which change nothing in a product
+and are cut off after a gather. Only the norms' scales, a few thousand numbers, are on every rank.
 """
 
 from collections.abc import Callable

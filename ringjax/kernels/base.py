@@ -6,9 +6,10 @@ A kernel is a module with three functions:
     backward(q, kv, lse, delta, dout, tile, dq)        -> (dq + this shard's, dkv of this shard)
     supports(tile, dtype, platform)                    -> None, or the reason why not
 
-with `q` and `dout` as `B T N H`, and keys and values fused on their last axis, `kv` `B S K (H + Hv)`: the form in
-which they travel, so that no kernel needs a copy of a shard to take them apart. `lse` and `delta` are the
-global ones, `delta = sum(dout * out) - dlse`. Accumulators are float32, or float64 for float64 inputs.
+with `q` and `dout` as `B T N H`, and keys and values fused on their last axis, `kv` `B S K (H + Hv)`: the
+form in which they travel, so that no kernel needs a copy of a shard to take them apart. `lse` and `delta`
+are the global ones, `delta = sum(dout * out) - dlse`. Accumulators are float32, or float64 for float64
+inputs.
 """
 
 import dataclasses
@@ -75,8 +76,9 @@ class Visits(NamedTuple):
 def block_size(length: int, wanted: int) -> int:
     """The size at most `wanted` that cuts `length` into equally many, but evenly filled, blocks.
 
-    The last block is moved back to end with the sequence, so what it shares with the one before it is computed
-    in vain: 338 tokens make two blocks of 176 rather than of 256. Multiples of 16 suit every vector unit.
+    The last block is moved back to end with the sequence, so what it shares with the one before it is
+    computed in vain: 338 tokens make two blocks of 176 rather than of 256. Multiples of 16 suit every
+    vector unit.
     """
     if length <= wanted:
         return length

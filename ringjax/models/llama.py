@@ -1,7 +1,7 @@
 """A Llama-family decoder whose sequence is split over a ring; read it from top to bottom.
 
-Everything but attention works token by token, so the same layers serve whole arrays under a mesh and one rank's
-shard inside `shard_map`: there the caller brings its own attention.
+Everything but attention works token by token, so the same layers serve whole arrays under a mesh and one
+rank's shard inside `shard_map`: there the caller brings its own attention.
 """
 
 import functools as ft
@@ -89,8 +89,8 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """The whole model: tokens in layout order to logits.
 
-    The layers are one module whose parameters carry a leading layer axis, and are scanned over: program size and
-    compile time do not depend on their number.
+    The layers are one module whose parameters carry a leading layer axis, and are scanned over: program size
+    and compile time do not depend on their number.
 
     Args:
         config: the shape of the model.

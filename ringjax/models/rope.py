@@ -18,18 +18,19 @@ __all__ = ["make_rotary"]
 def make_rotary(config: DecoderConfig) -> Rotary:
     """The rotary embedding of a model.
 
-    Dynamic scaling starts beyond `max_position_embeddings`, and no sequence here is longer: it changes nothing.
+    Dynamic scaling starts beyond `max_position_embeddings`, and no sequence here is longer: it changes
+    nothing.
     """
     frequencies = np.array(default_frequencies(config.head_dim, config.rope_theta), np.float32)
     if config.rope_frequency_factors is not None:
         frequencies = frequencies / np.array(config.rope_frequency_factors, np.float32)
     scaling, scale = config.rope_scaling, 1.0
-    match scaling.kind if scaling else None:
-        case "linear":
+    match scaling:
+        case RopeScaling(kind="linear"):
             frequencies = frequencies / np.float32(scaling.factor)
-        case "llama3":
+        case RopeScaling(kind="llama3"):
             frequencies = _llama3(frequencies, scaling, config.max_position_embeddings)
-        case "yarn":
+        case RopeScaling(kind="yarn"):
             frequencies = _yarn(frequencies, scaling, config)
             scale = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
     return Rotary(tuple(frequencies.astype(np.float32).tolist()), scale)

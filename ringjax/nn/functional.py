@@ -21,7 +21,8 @@ def attention_fn(
 
     Args:
         ring: how the sequence is distributed.
-        mask: a mask spec, such as `ringjax.Causal()`; Flax's own `is_causal` works too. Mask arrays do not yet.
+        mask: a mask spec, such as `ringjax.Causal()`; Flax's own `is_causal` works too. Mask arrays do not
+            yet.
         mesh: the mesh; None means the ambient one.
 
     Returns:

@@ -1,6 +1,7 @@
 """A self-attention layer for Flax nnx whose sequence is split over a ring."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from .. import cache as kv_cache
 from ..attention import ring_attention
-from ..cache import KVCache
 from ..masks import Causal, Mask
 from ..ring import Ring, place, reshard, resolve_mesh
 from .rotary import Rotary
@@ -21,12 +21,20 @@ __all__ = ["RingAttention"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+class _Cache(NamedTuple):
+    """The fields of a `KVCache`, each a variable of the layer."""
+
+    keys: nnx.Cache[jax.Array]
+    values: nnx.Cache[jax.Array]
+    positions: nnx.Cache[jax.Array]
+
+
 class RingAttention(nnx.Module):
     """Multi-head self-attention with grouped key heads, rotary embedding and a cache, round a ring.
 
-    Called on whole arrays, `B T D` in layout order, under a mesh. With `decode=True` each call takes the next token
-    (or the next few), appends its keys and values to the cache, which is split over the ring, and attends to all tokens so
-    far; a call beyond the cache's capacity returns NaN rather than a wrong answer.
+    Called on whole arrays, `B T D` in layout order, under a mesh. With `decode=True` each call takes the next
+    token (or the next few), appends its keys and values to the cache, which is split over the ring, and
+    attends to all tokens so far; a call beyond the cache's capacity returns NaN rather than a wrong answer.
 
     Args:
         num_heads: query heads, N.
@@ -92,8 +100,8 @@ class RingAttention(nnx.Module):
         self.k_proj = linear(in_features, self.num_kv_heads * self.head_size)
         self.v_proj = linear(in_features, self.num_kv_heads * self.head_size)
         self.o_proj = linear(self.num_heads * self.head_size, in_features)
-        self.cache = nnx.data(None)
-        self.next_position = nnx.data(None)
+        self.cache: _Cache | None = nnx.data(None)
+        self.next_position: nnx.Cache[jax.Array] | None = nnx.data(None)
 
     def project(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None
@@ -104,6 +112,8 @@ class RingAttention(nnx.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.rotary is not None:
+            if positions is None:
+                raise ValueError("RingAttention.project: a layer with rotary embedding needs positions.")
             q, k = self.rotary(q, positions), self.rotary(k, positions)
         return q, k, v
 
@@ -120,8 +130,8 @@ class RingAttention(nnx.Module):
 
         Args:
             x: `B T D`, in layout order; when decoding, the next tokens in natural order.
-            positions: global positions, `T` or `B T`, -1 in the padding; None means the layout's own, or, when
-                decoding, the ones that follow.
+            positions: global positions, `T` or `B T`, -1 in the padding; None means the layout's own, or,
+                when decoding, the ones that follow.
             segment_ids: documents packed into the sequence.
             attend: takes q, k and v instead of `ring_attention`, for use inside the caller's `shard_map`.
             decode: whether to use the cache; call `init_cache` first.
@@ -154,17 +164,17 @@ class RingAttention(nnx.Module):
         )
         specs = self._cache_specs()
         self.cache = nnx.data(
-            KVCache(*(nnx.Cache(place(x, mesh, s)) for x, s in zip(cache, specs, strict=True)))
+            _Cache(*(nnx.Cache(place(x, mesh, s)) for x, s in zip(cache, specs, strict=True)))
         )
         self.next_position = nnx.Cache(jnp.zeros((), jnp.int32))
 
-    def _cache_specs(self) -> KVCache:
+    def _cache_specs(self) -> tuple[P, P, P]:
         batch, axis, heads, _ = self.ring.spec
         spec = P(batch, heads, axis, None)
-        return KVCache(spec, spec, P(axis))
+        return spec, spec, P(axis)
 
     def _decode(self, x, positions, segment_ids):
-        if self.cache is None:
+        if self.cache is None or self.next_position is None:
             raise ValueError("RingAttention(decode=True): there is no cache yet; call init_cache() first.")
         if segment_ids is not None:
             raise NotImplementedError("RingAttention(decode=True) takes one document; leave segment_ids out.")
@@ -176,9 +186,9 @@ class RingAttention(nnx.Module):
         q, k, v = self.project(x, positions[None])
 
         def step(q, k, v, cache, positions):
-            slots, held = kv_cache.free_slots(cache.positions, positions, axis_name)
-            keys = kv_cache.append(cache.keys, k, slots)
-            values = kv_cache.append(cache.values, v, slots)
+            keys, values, held = cache
+            slots, held = kv_cache.free_slots(held, positions, axis_name)
+            keys, values = kv_cache.append(keys, k, slots), kv_cache.append(values, v, slots)
             partial = kv_cache.attend(
                 q, keys, values, positions, held, scale=self.head_size**-0.5, mask=self.mask
             )
@@ -186,7 +196,7 @@ class RingAttention(nnx.Module):
             # A token that found no slot must not be forgotten in silence.
             stored = jax.lax.psum((slots >= 0).astype(jnp.int32), axis_name) > 0
             out = jnp.where(stored[:, None, None] | (positions < 0)[:, None, None], out, jnp.nan)
-            return out.astype(q.dtype), KVCache(keys, values, held)
+            return out.astype(q.dtype), (keys, values, held)
 
         batch, _, heads, _ = self.ring.spec
         specs, whole = self._cache_specs(), P(batch, None, heads, None)
@@ -195,7 +205,7 @@ class RingAttention(nnx.Module):
             step, mesh=mesh, in_specs=(whole, whole, whole, specs, P()), out_specs=(whole, specs),
             check_vma=False,
         )  # fmt: skip
-        cache = KVCache(*(x[...] for x in self.cache))
+        cache = tuple(x[...] for x in self.cache)
         q, k, v = (reshard(y, mesh, whole) for y in (q, k, v))
         out, cache = run(q, k, v, cache, positions)
         for variable, value in zip(self.cache, cache, strict=True):

@@ -71,8 +71,8 @@ class Problem:
 def vary_alike(*trees):
     """The arrays given, all varying over the union of the mesh axes that any of them varies over.
 
-    `shard_map` keeps track of which values differ between devices. A loop's carry must have one such type from
-    the start, and casting the arguments here, outside the custom gradient, leaves the sum over a
+    `shard_map` keeps track of which values differ between devices. A loop's carry must have one such type
+    from the start, and casting the arguments here, outside the custom gradient, leaves the sum over a
     replicated argument's cotangents to JAX.
     """
 

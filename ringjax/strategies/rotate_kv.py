@@ -1,7 +1,8 @@
 """Keys and values travel round the ring; queries, outputs and query gradients stay.
 
-The permute of the next shard is issued before the compute on this one, and the last shard is not sent on. In the
-backward pass the shards travel again, and behind each, one hop late, the float32 gradient of the shard.
+The permute of the next shard is issued before the compute on this one, and the last shard is not sent on.
+In the backward pass the shards travel again, and behind each, one hop late, the float32 gradient of the
+shard.
 
 References:
     Liu, Zaharia and Abbeel, "Ring Attention with Blockwise Transformers", arXiv:2310.01889.
@@ -56,8 +57,8 @@ def _rotate_kv(q, kv, q_tokens, kv_tokens, problem):
 
 
 def _rotate_kv_fwd(q, kv, q_tokens, kv_tokens, problem):
-    out, lse = _rotate_kv(q, kv, q_tokens, kv_tokens, problem)
-    out, lse = checkpoint_name(out, "ring_attention_out"), checkpoint_name(lse, "ring_attention_lse")
+    result = _rotate_kv(q, kv, q_tokens, kv_tokens, problem)
+    out, lse = jax.tree.map(checkpoint_name, result, ("ring_attention_out", "ring_attention_lse"))
     return (out, lse), (q, kv, q_tokens, kv_tokens, out, lse)
 
 
