@@ -21,8 +21,7 @@ T, D, N = 24, 16, 4
 
 
 def nnx_module(**options: Any) -> nnx.MultiHeadAttention:
-    module = nnx.MultiHeadAttention(num_heads=N, in_features=D, decode=False, rngs=nnx.Rngs(0), **options)
-    return module
+    return nnx.MultiHeadAttention(num_heads=N, in_features=D, decode=False, rngs=nnx.Rngs(0), **options)
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ class TestRefusals:
             attention_fn(mesh=mesh(3))(q, k, v, jnp.zeros((1, 1, T, T)))
 
     def test_dropout_unless_deterministic(self, mesh: MakeMesh, x: jax.Array) -> None:
-        options = dict(dropout_rate=0.1, attention_fn=attention_fn(mesh=mesh(3)))
+        options = {"dropout_rate": 0.1, "attention_fn": attention_fn(mesh=mesh(3))}
         module = nnx_module(**options)
         with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.1.*deterministic=True"):
             module(x, rngs=nnx.Rngs(0), deterministic=False)

@@ -21,14 +21,14 @@ N, K, H, D = 6, 2, 8, 40  # D is not N * H
 
 
 def make_layer(mesh: Mesh | None, layout: str = "contiguous", **options: Any) -> RingAttention:
-    defaults = dict(
-        num_kv_heads=K,
-        head_size=H,
-        rotary=Rotary(default_frequencies(H)),
-        ring=Ring(layout=layout),
-        mesh=mesh,
-        use_bias=True,
-    )
+    defaults = {
+        "num_kv_heads": K,
+        "head_size": H,
+        "rotary": Rotary(default_frequencies(H)),
+        "ring": Ring(layout=layout),
+        "mesh": mesh,
+        "use_bias": True,
+    }
     layer = RingAttention(N, D, **defaults | options, rngs=nnx.Rngs(0))
     # Biases begin as zeros, with which a forgotten one would pass.
     for number, proj in enumerate((layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)):
@@ -115,7 +115,7 @@ def test_layer_and_its_gradients_are_those_of_the_dense_one(
     layer = make_layer(None, layout)
     x, dout = (jnp.asarray(rng.standard_normal((2, T, D)), jnp.float32) for _ in "ab")
     segments = packed_segments(rng, T)
-    place = dict(mesh=ring_mesh, ring=ring)
+    place = {"mesh": ring_mesh, "ring": ring}
     x_, dout_, segments_ = shard_sequence((x, dout, jnp.asarray(segments)), **place)
 
     @nnx.jit
