@@ -136,22 +136,37 @@ def test_long_document_gives_the_tokens_and_logits_of_transformers(
     assert_same_tokens(found, expected)
 
 
+def planted_prompt(tokenizer: Any, module: Any, depth: float) -> list[int]:
+    """About 2,700 tokens with the question.
+
+    The model itself is blind where some lines are cut: from 2,680 to 2,700 tokens of Python 3.11's argparse it
+    finds no phrase at 50 %, and every one at 2,640 and at 2,740, here and in transformers alike.
+    """
+    lines = source_lines(module, tokenizer.encode, 2640)
+    lines.insert(round(depth * len(lines)), f"The secret passphrase of the vault is '{SECRET}'.\n")
+    return ask(tokenizer, lines, "What is the secret passphrase of the vault?")
+
+
 @pytest.mark.parametrize(("module", "depth"), PLANTED, ids=[f"{m.__name__}-{d}" for m, d in PLANTED])
-def test_planted_phrase_is_answered_where_transformers_does(
+def test_planted_phrase_is_answered_as_by_transformers(
     module: Any,
     depth: float,
     engine: Callable[[int, str], Engine],
     tokenizer: Any,
     transformers_answer: Any,
 ) -> None:
-    lines = source_lines(module, tokenizer.encode, 2700)
-    sentence = f"The secret passphrase of the vault is '{SECRET}'.\n"
-    lines.insert(round(depth * len(lines)), sentence)
-    prompt = ask(tokenizer, lines, "What is the secret passphrase of the vault?")
+    prompt = planted_prompt(tokenizer, module, depth)
     expected = transformers_answer(tuple(prompt), 24, tokenizer.stop_ids)
     found = answer_of(engine(8, "zigzag"), prompt, 24, tokenizer.stop_ids)
     assert_same_tokens(found, expected)
-    answered = SECRET in tokenizer.decode(found.token_ids)
-    assert answered == (SECRET in tokenizer.decode(expected.token_ids))
     if depth > 0.1:
-        assert answered, tokenizer.decode(found.token_ids)
+        assert SECRET in tokenizer.decode(found.token_ids)
+
+
+def test_planted_phrase_is_found_in_five_of_six(tokenizer: Any, transformers_answer: Any) -> None:
+    """By transformers, whose answers the tests before have compared with ours."""
+    answers = [
+        transformers_answer(tuple(planted_prompt(tokenizer, *case)), 24, tokenizer.stop_ids)
+        for case in PLANTED
+    ]
+    assert sum(SECRET in tokenizer.decode(answer.token_ids) for answer in answers) >= 5
