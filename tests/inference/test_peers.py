@@ -139,8 +139,8 @@ def test_long_document_gives_the_tokens_and_logits_of_transformers(
 def planted_prompt(tokenizer: Any, module: Any, depth: float) -> list[int]:
     """About 2,700 tokens with the question.
 
-    The model itself is blind where some lines are cut: from 2,680 to 2,700 tokens of Python 3.11's argparse it
-    finds no phrase at 50 %, and every one at 2,640 and at 2,740, here and in transformers alike.
+    The model itself is blind where some lines are cut: from 2,680 to 2,700 tokens of Python 3.11's argparse
+    it finds no phrase at 50 %, and every one at 2,640 and at 2,740, here and in transformers alike.
     """
     lines = source_lines(module, tokenizer.encode, 2640)
     lines.insert(round(depth * len(lines)), f"The secret passphrase of the vault is '{SECRET}'.\n")
