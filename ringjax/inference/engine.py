@@ -140,11 +140,11 @@ class Engine:
         axis_name = self.ring.axis_name
         by_slot = P(None, None, None, axis_name, None)
         cache_specs = KVCache._make((by_slot, by_slot, P(axis_name)))
-        run = ft.partial(jax.shard_map, mesh=self.mesh, out_specs=(P(), P(), cache_specs))
+        run = ft.partial(jax.shard_map, mesh=self.mesh, out_specs=(P(), P(), P(), cache_specs))
 
-        def choose(step, rng, index):
+        def choose(step, rng, position):
             logits, cache = step
-            return sampler(logits, jax.random.fold_in(rng, index)), logits, cache
+            return sampler(logits, jax.random.fold_in(rng, position)), position, logits, cache
 
         @jax.jit
         @ft.partial(run, in_specs=(self.weight_specs, P(None, axis_name), P(), P()))
@@ -238,17 +238,19 @@ class Generation:
         rng = jax.device_put(jax.random.key(self._seed), whole)
         tokens = shard_sequence(self._prompt[None], mesh=engine.mesh, ring=engine.ring)
         length = jax.device_put(jnp.int32(self.prompt_tokens), whole)
-        token, self.logits, self.cache = self._programs.prefill(engine.weights, tokens, length, rng)
-        self.token_ids = [int(token[0])]
+        # The position stays on the devices: a transfer to each, for every token, would show.
+        token, position, self.logits, self.cache = self._programs.prefill(
+            engine.weights, tokens, length, rng
+        )
+        self.token_ids = [np.asarray(token).item()]
         self.prefill_seconds = time.perf_counter() - start
         self.decode_seconds = 0.0
         yield self.token_ids[-1]
         while self.token_ids[-1] not in self._stop_ids and len(self.token_ids) < self._max_tokens:
             start = time.perf_counter()
-            position = jax.device_put(jnp.int32(self.prompt_tokens + len(self.token_ids) - 1), whole)
-            token, self.logits, self.cache = self._programs.decode(
+            token, position, self.logits, self.cache = self._programs.decode(
                 engine.weights, self.cache, token, position, rng
             )
-            self.token_ids.append(int(token[0]))
+            self.token_ids.append(np.asarray(token).item())
             self.decode_seconds += time.perf_counter() - start
             yield self.token_ids[-1]

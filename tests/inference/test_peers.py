@@ -139,8 +139,9 @@ def test_long_document_gives_the_tokens_and_logits_of_transformers(
 def planted_prompt(tokenizer: Any, module: Any, depth: float) -> list[int]:
     """About 2,700 tokens with the question.
 
-    The model itself is blind where some lines are cut: from 2,680 to 2,700 tokens of Python 3.11's argparse
-    it finds no phrase at 50 %, and every one at 2,640 and at 2,740, here and in transformers alike.
+    Where the source is cut decides what the model finds, in transformers too: with 2,700 tokens of Python
+    3.11's argparse before the question it misses the phrase at 50 %, and with 2,640 it finds it. At 10 % it
+    misses both here.
     """
     lines = source_lines(module, tokenizer.encode, 2640)
     lines.insert(round(depth * len(lines)), f"The secret passphrase of the vault is '{SECRET}'.\n")
@@ -161,12 +162,3 @@ def test_planted_phrase_is_answered_as_by_transformers(
     assert_same_tokens(found, expected)
     if depth > 0.1:
         assert SECRET in tokenizer.decode(found.token_ids)
-
-
-def test_planted_phrase_is_found_in_five_of_six(tokenizer: Any, transformers_answer: Any) -> None:
-    """By transformers, whose answers the tests before have compared with ours."""
-    answers = [
-        transformers_answer(tuple(planted_prompt(tokenizer, *case)), 24, tokenizer.stop_ids)
-        for case in PLANTED
-    ]
-    assert sum(SECRET in tokenizer.decode(answer.token_ids) for answer in answers) >= 5
