@@ -212,8 +212,14 @@ def _open(model: str, progress: Progress) -> Checkpoint:
         return open_checkpoint(model)
     task = progress.add_task("Checking the default model", total=None)
 
+    told = progress.console.is_terminal
+
     def fetching(stage: str, done: int, total: int) -> None:
+        nonlocal told
         what = f"Fetching SmolLM2-135M-Instruct, once ({stage})"
+        if not told:  # where no bar is drawn, a line says so
+            progress.console.print(what, highlight=False)
+            told = True
         progress.update(task, description=what, completed=done, total=total)
 
     path = embedded_model_path(fetching)
