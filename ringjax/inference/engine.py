@@ -239,9 +239,7 @@ class Generation:
         tokens = shard_sequence(self._prompt[None], mesh=engine.mesh, ring=engine.ring)
         length = jax.device_put(jnp.int32(self.prompt_tokens), whole)
         # The position stays on the devices: a transfer to each, for every token, would show.
-        token, position, self.logits, self.cache = self._programs.prefill(
-            engine.weights, tokens, length, rng
-        )
+        token, position, self.logits, self.cache = self._programs.prefill(engine.weights, tokens, length, rng)
         self.token_ids = [np.asarray(token).item()]
         self.prefill_seconds = time.perf_counter() - start
         self.decode_seconds = 0.0
