@@ -56,8 +56,16 @@ def attention_fn(
         precision: Any = None,
         module: Any = None,
         is_causal: bool = False,
+        qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
+        attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
     ) -> jax.Array:
         del precision, broadcast_dropout, dropout_rng
+        # Flax drops what an attention function does not name, in silence; these change the result.
+        if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
+            raise NotImplementedError(
+                "attention_fn: qk_attn_weights_einsum_cls and attn_weights_value_einsum_cls replace products "
+                "that a ring computes in its kernel. Leave them out."
+            )
         if mask is not None:
             raise NotImplementedError(
                 "attention_fn: mask arrays are not supported yet. Pass a mask spec, "

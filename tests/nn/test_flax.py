@@ -128,3 +128,10 @@ class TestRefusals:
     def test_no_mesh(self, x: jax.Array) -> None:
         with pytest.raises(ValueError, match="no mesh: pass mesh="):
             nnx_module(attention_fn=attention_fn())(x)
+
+
+@pytest.mark.parametrize("name", ["qk_attn_weights_einsum", "attn_weights_value_einsum"])
+def test_replaced_products_are_refused(name):
+    x = jnp.ones((1, 8, 2, 4))
+    with pytest.raises(NotImplementedError, match="replace products"):
+        ringjax.nn.attention_fn()(x, x, x, **{name: jnp.einsum})
