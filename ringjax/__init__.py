@@ -1,8 +1,16 @@
 """Exact attention over sequences that no single device can hold, round a ring of devices."""
 
 from .attention import ring_attention as ring_attention, ring_attention_local as ring_attention_local
+from .biases import BiasFn as BiasFn, alibi as alibi
 from .kernels import BlockSizes as BlockSizes
-from .masks import Causal as Causal, Full as Full
+from .masks import (
+    Causal as Causal,
+    ChunkedLocal as ChunkedLocal,
+    Full as Full,
+    MaskFn as MaskFn,
+    PrefixLM as PrefixLM,
+    SlidingWindow as SlidingWindow,
+)
 from .reference import reference_attention as reference_attention
 from .ring import (
     Ring as Ring,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools as ft
 import math
-from typing import Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import layouts
-from .kernels import BlockSizes
-from .masks import Causal, Full, Mask, Tokens
+from .biases import BiasFn
+from .dropout import seed_of
+from .kernels import BlockSizes, Operands, Rule
+from .masks import Causal, Full, Mask, SlidingWindow, Tokens
 from .ring import Ring, reshard, resolve_mesh
-from .schedule import make_schedule
-from .strategies import Problem, rotate_kv
+from .schedule import Schedule, make_schedule
+from .strategies import Problem, attend, get_strategy
 
 __all__ = ["ring_attention", "ring_attention_local"]
 
 PerSide = ArrayLike | tuple[ArrayLike | None, ArrayLike | None]
+MaskLike = Mask | ArrayLike | tuple[Mask, ArrayLike | None]
 Implementation = Literal["xla", "cudnn"]
 SIDES = ("query", "key")
 
@@ -30,11 +33,13 @@ SIDES = ("query", "key")
 @overload
 def ring_attention(
     query: Float[Array, "*B T N H"], key: Float[Array, "*B S K H"], value: Float[Array, "*B S K Hv"],
-    bias: ArrayLike | None = ..., mask: Mask | None = ..., *, scale: float | None = ...,
-    is_causal: bool = ..., query_seq_lengths: ArrayLike | None = ...,
+    bias: BiasFn | ArrayLike | None = ..., mask: MaskLike | None = ..., *,
+    scale: float | None = ..., is_causal: bool = ..., query_seq_lengths: ArrayLike | None = ...,
     key_value_seq_lengths: ArrayLike | None = ..., local_window_size: int | tuple[int, int] | None = ...,
     implementation: Implementation | None = ..., return_residual: Literal[False] = ...,
     segment_ids: PerSide | None = ..., positions: PerSide | None = ...,
+    logits_soft_cap: float | None = ..., sinks: ArrayLike | None = ..., dropout_rate: float = ...,
+    dropout_rng: ArrayLike | None = ..., broadcast_dropout: bool = ...,
     mesh: Mesh | AbstractMesh | None = ..., ring: Ring = ...,
 ) -> jax.Array: ...  # fmt: skip
 
@@ -42,11 +47,13 @@ def ring_attention(
 @overload
 def ring_attention(
     query: Float[Array, "*B T N H"], key: Float[Array, "*B S K H"], value: Float[Array, "*B S K Hv"],
-    bias: ArrayLike | None = ..., mask: Mask | None = ..., *, scale: float | None = ...,
-    is_causal: bool = ..., query_seq_lengths: ArrayLike | None = ...,
+    bias: BiasFn | ArrayLike | None = ..., mask: MaskLike | None = ..., *,
+    scale: float | None = ..., is_causal: bool = ..., query_seq_lengths: ArrayLike | None = ...,
     key_value_seq_lengths: ArrayLike | None = ..., local_window_size: int | tuple[int, int] | None = ...,
     implementation: Implementation | None = ..., return_residual: Literal[True],
     segment_ids: PerSide | None = ..., positions: PerSide | None = ...,
+    logits_soft_cap: float | None = ..., sinks: ArrayLike | None = ..., dropout_rate: float = ...,
+    dropout_rng: ArrayLike | None = ..., broadcast_dropout: bool = ...,
     mesh: Mesh | AbstractMesh | None = ..., ring: Ring = ...,
 ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
 
@@ -55,8 +62,8 @@ def ring_attention(
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K Hv"],
-    bias: ArrayLike | None = None,
-    mask: Mask | None = None,
+    bias: BiasFn | ArrayLike | None = None,
+    mask: MaskLike | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -67,6 +74,11 @@ def ring_attention(
     return_residual: bool = False,
     segment_ids: PerSide | None = None,
     positions: PerSide | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
     mesh: Mesh | AbstractMesh | None = None,
     ring: Ring = Ring(),
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -75,24 +87,38 @@ def ring_attention(
     A drop-in for `jax.nn.dot_product_attention`: the same arguments give the same result, on a mesh of any
     size. In contiguous layout (the default) arrays are in their natural order, and lengths that do not
     divide over the ring are padded here; the output of such a call is whole on every rank. In other layouts
-    arrays are in the layout's order, as `shard_sequence` puts them.
+    arrays are in the layout's order, as `shard_sequence` puts them, and a bias or mask array is so on both of
+    its sequence axes.
+
+    Logits are scaled, then biased, then capped, then masked.
 
     Args:
         query: `B T N H`, or `T N H`; float32, bfloat16 or float16 (float64 where x64 is on).
         key: `B S K H`, in the query's dtype; K divides N (GQA, MQA).
         value: `B S K Hv`.
-        bias: not supported yet.
-        mask: a mask spec such as `ringjax.Causal()`; boolean arrays are not supported yet.
+        bias: added to the logits: an array `B N T S`, any axis of which may be 1, or a `BiasFn`, which needs
+            no such array. Gradients reach both. Each device holds the rows of its own queries.
+        mask: a mask spec such as `ringjax.Causal()`, or a boolean array `B N T S`, any axis of which may be
+            1; True where the query attends to the key; or a pair of both. A spec skips work and takes no
+            memory.
         scale: factor of the logits, a Python number; None means `1 / sqrt(H)`.
         is_causal: query i attends to keys j ≤ i, positions counted from the start of both sequences.
         query_seq_lengths: integers `B`; queries from there on are padding.
         key_value_seq_lengths: integers `B`; keys from there on are padding.
-        local_window_size: not supported yet.
+        local_window_size: query i attends to keys i - left ≤ j ≤ i + right; a pair, or one number for both.
         implementation: `"xla"` and None mean what `ring.kernel` says; `"cudnn"` is not supported.
         return_residual: also return the log-sum-exp, natural log, `B T N` in float32 (float64 for float64
             inputs). Its cotangent is exact.
         segment_ids: int32 `B T` or `T`, or a pair (query's, key's); tokens attend within their segment only.
         positions: int32, likewise; -1 marks padding. None means the layout's own.
+        logits_soft_cap: logits become `cap * tanh(logits / cap)`, a Python number.
+        sinks: floats `N`: for each query head the logit of one more key, which takes weight and gives no
+            value. It counts in the log-sum-exp, so a query that attends to no key has that of its sink.
+        dropout_rate: probability with which an attention weight is dropped, a Python number below 1; the
+            others are divided by `1 - dropout_rate`. The log-sum-exp is that before dropout.
+        dropout_rng: a PRNG key, needed if `dropout_rate` is not 0. What is dropped depends on it, the row of
+            the batch, the head, and the positions (and segment) of query and key, and on nothing else.
+        broadcast_dropout: drop alike in every head and every row of the batch.
         mesh: the mesh; None means the ambient one (`jax.set_mesh`).
         ring: how to distribute.
 
@@ -102,7 +128,8 @@ def ring_attention(
 
     Raises:
         ValueError: shapes, dtypes, lengths or mesh axes that do not fit; the text says how to mend it.
-        NotImplementedError: a feature that this version lacks.
+        NotImplementedError: a feature that this version lacks; and when differentiated twice.
+        TypeError: of JAX, when differentiated in forward mode.
 
     Example:
         >>> import jax, jax.numpy as jnp, ringjax
@@ -114,9 +141,8 @@ def ring_attention(
 
     References:
         Liu, Zaharia and Abbeel, "Ring Attention with Blockwise Transformers", arXiv:2310.01889.
+        Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453.
     """
-    _refuse_mask_as_bias(bias)
-    _refuse_missing(bias=bias, local_window_size=local_window_size)
     _check_implementation(implementation)
     arrays = [jnp.asarray(x) for x in (query, key, value)]
     batched = arrays[0].ndim == 4
@@ -127,29 +153,23 @@ def ring_attention(
     _check_split(q, k, mesh, ring)
     lengths = (q.shape[1], k.shape[1])
     padded = tuple(map(ft.partial(_padded_length, ring=ring, ring_size=ring_size), lengths, SIDES))
-    q_tokens, kv_tokens = _tokens(
+    tokens = _tokens(
         q.shape[0],
         [jnp.asarray(ring.positions(length, ring_size)[:length])[None] for length in lengths],
         segment_ids,
         positions,
         (query_seq_lengths, key_value_seq_lengths),
     )
-    problem = _problem(q, padded, lengths, ring_size, mask, is_causal, scale, ring, q_tokens)
-
-    def put(x, spec, side, fill=0):
-        if missing := padded[side] - lengths[side]:
-            widths = [(0, missing) if axis == 1 else (0, 0) for axis in range(x.ndim)]
-            x = jnp.pad(x, widths, constant_values=fill)
-        return reshard(x, mesh, spec)
-
-    def token_spec(x):
-        return P(ring.spec[0] if x.shape[0] > 1 else None, ring.spec[1])
-
-    q, k, v = put(q, ring.spec, 0), put(k, ring.spec, 1), put(v, ring.spec, 1)
-    q_tokens = jax.tree.map(lambda x: put(x, token_spec(x), 0, fill=-1), q_tokens)
-    kv_tokens = jax.tree.map(lambda x: put(x, token_spec(x), 1, fill=-1), kv_tokens)
-    in_specs = (ring.spec, ring.spec, ring.spec, *jax.tree.map(token_spec, (q_tokens, kv_tokens)))
-    out, lse = _attend(q, k, v, q_tokens, kv_tokens, problem=problem, mesh=mesh, in_specs=in_specs)
+    rule, operands = _rule_and_operands(
+        q.shape, k.shape[1], bias, mask, scale=scale, is_causal=is_causal,
+        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
+        dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
+    )  # fmt: skip
+    problem = _problem(rule, operands, tokens, positions is None, padded, lengths, ring, ring_size)
+    tensors = _Tensors(q, k, v, tokens[0], tokens[1], operands)
+    tensors = _padded(tensors, (padded[0] - lengths[0], padded[1] - lengths[1]))
+    tensors = jax.tree.map(lambda x, spec: reshard(x, mesh, spec), tensors, _specs(tensors, ring))
+    out, lse = _attend(tensors, problem=problem, mesh=mesh, ring=ring)
     if padded[0] != lengths[0]:
         # A length that does not divide cannot stay split: JAX shards evenly only.
         whole = P(ring.spec[0], None, ring.spec[2])
@@ -159,30 +179,103 @@ def ring_attention(
     return (out, lse) if return_residual else out
 
 
-@ft.partial(jax.jit, static_argnames=("problem", "mesh", "in_specs"))
-def _attend(*arrays, problem: Problem, mesh: Mesh | AbstractMesh, in_specs: tuple):
+class _Tensors(NamedTuple):
+    """All arrays of a call, whole, or how each of them is split; arguments of `strategies.attend`."""
+
+    q: Any
+    k: Any
+    v: Any
+    q_tokens: Any
+    kv_tokens: Any
+    operands: Any
+
+
+def _padded(tensors: _Tensors, missing: tuple[int, int]) -> _Tensors:
+    """With the sequences of queries and keys longer by `missing`, marked as padding by their positions."""
+
+    def pad(x, *more, fill=0):
+        widths = [(0, 0)] * x.ndim
+        for axis, count in more:
+            # Of a bias or mask, an axis of 1 is broadcast.
+            widths[axis] = (0, count if x.shape[axis] > 1 or x.ndim < 4 or axis == 1 else 0)
+        return jnp.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
+
+    q, k, v, q_tokens, kv_tokens, operands = tensors
+    on_q, on_kv = missing
+    return _Tensors(
+        pad(q, (1, on_q)),
+        pad(k, (1, on_kv)),
+        pad(v, (1, on_kv)),
+        jax.tree.map(lambda x: pad(x, (1, on_q), fill=-1), q_tokens),
+        jax.tree.map(lambda x: pad(x, (1, on_kv), fill=-1), kv_tokens),
+        operands._replace(
+            bias=None if operands.bias is None else pad(operands.bias, (2, on_q), (3, on_kv)),
+            mask=None if operands.mask is None else pad(operands.mask, (2, on_q), (3, on_kv)),
+        ),
+    )
+
+
+def _specs(tensors: _Tensors, ring: Ring) -> _Tensors:
+    """How the arrays of a call are split; axes of 1 are whole everywhere."""
+    batch, axis_name, heads, _ = ring.spec
+
+    def of_tokens(x):
+        return P(batch if x.shape[0] > 1 else None, axis_name)
+
+    def of_logits(x):
+        whole = (batch, heads, axis_name)
+        return P(*(name if size > 1 else None for name, size in zip(whole, x.shape, strict=False)), None)
+
+    operands = tensors.operands
+    specs: Any = Operands  # of the same form
+    return _Tensors(
+        ring.spec,
+        ring.spec,
+        ring.spec,
+        jax.tree.map(of_tokens, tensors.q_tokens),
+        jax.tree.map(of_tokens, tensors.kv_tokens),
+        specs(
+            bias=None if operands.bias is None else of_logits(operands.bias),
+            mask=None if operands.mask is None else of_logits(operands.mask),
+            bias_parameters=jax.tree.map(lambda x: P(), operands.bias_parameters),
+            sinks=None if operands.sinks is None else P(heads),
+            seed=None if operands.seed is None else P(),
+        ),
+    )
+
+
+@ft.partial(jax.jit, static_argnames=("problem", "mesh", "ring"))
+def _attend(tensors: _Tensors, *, problem: Problem, mesh: Mesh | AbstractMesh, ring: Ring):
     """Compiled once per problem: outside jit, a `shard_map` alone would run operation by operation."""
-    out_specs = (in_specs[0], P(*in_specs[0][:3]))
     return jax.shard_map(
-        ft.partial(rotate_kv, problem=problem), mesh=mesh, in_specs=in_specs, out_specs=out_specs
-    )(*arrays)
+        lambda tensors: attend(get_strategy(ring.strategy), *tensors, problem=problem),
+        mesh=mesh,
+        in_specs=(_specs(tensors, ring),),
+        out_specs=(ring.spec, P(*ring.spec[:3])),
+    )(tensors)
 
 
 @overload
 def ring_attention_local(
     query: Float[Array, "B T_local N H"], key: Float[Array, "B S_local K H"],
-    value: Float[Array, "B S_local K Hv"], mask: Mask | None = ..., *, scale: float | None = ...,
-    is_causal: bool = ..., return_residual: Literal[False] = ..., segment_ids: PerSide | None = ...,
-    positions: PerSide | None = ..., ring: Ring = ...,
+    value: Float[Array, "B S_local K Hv"], bias: BiasFn | ArrayLike | None = ...,
+    mask: MaskLike | None = ..., *, scale: float | None = ..., is_causal: bool = ...,
+    local_window_size: int | tuple[int, int] | None = ..., return_residual: Literal[False] = ...,
+    segment_ids: PerSide | None = ..., positions: PerSide | None = ...,
+    logits_soft_cap: float | None = ..., sinks: ArrayLike | None = ..., dropout_rate: float = ...,
+    dropout_rng: ArrayLike | None = ..., broadcast_dropout: bool = ..., ring: Ring = ...,
 ) -> jax.Array: ...  # fmt: skip
 
 
 @overload
 def ring_attention_local(
     query: Float[Array, "B T_local N H"], key: Float[Array, "B S_local K H"],
-    value: Float[Array, "B S_local K Hv"], mask: Mask | None = ..., *, scale: float | None = ...,
-    is_causal: bool = ..., return_residual: Literal[True], segment_ids: PerSide | None = ...,
-    positions: PerSide | None = ..., ring: Ring = ...,
+    value: Float[Array, "B S_local K Hv"], bias: BiasFn | ArrayLike | None = ...,
+    mask: MaskLike | None = ..., *, scale: float | None = ..., is_causal: bool = ...,
+    local_window_size: int | tuple[int, int] | None = ..., return_residual: Literal[True],
+    segment_ids: PerSide | None = ..., positions: PerSide | None = ...,
+    logits_soft_cap: float | None = ..., sinks: ArrayLike | None = ..., dropout_rate: float = ...,
+    dropout_rng: ArrayLike | None = ..., broadcast_dropout: bool = ..., ring: Ring = ...,
 ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
 
 
@@ -190,30 +283,46 @@ def ring_attention_local(
     query: Float[Array, "B T_local N H"],
     key: Float[Array, "B S_local K H"],
     value: Float[Array, "B S_local K Hv"],
-    mask: Mask | None = None,
+    bias: BiasFn | ArrayLike | None = None,
+    mask: MaskLike | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
     segment_ids: PerSide | None = None,
     positions: PerSide | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
     ring: Ring = Ring(),
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`ring_attention` for use inside the caller's `shard_map`: every array is this rank's shard.
 
-    Takes shards in the order of `ring.layout`, equally long on all ranks. `ring.batch_axes` and
-    `ring.head_axes` have no meaning here: the caller has split those axes already. `check_vma=True` passes.
+    Takes shards in the order of `ring.layout`, equally long on all ranks. The caller has split batch and
+    heads already; where dropout or a `BiasFn` asks which ones these are, `ring.batch_axes` and
+    `ring.head_axes` must say over which mesh axes. `check_vma=True` passes.
 
     Args:
         query: this rank's queries, `B T_local N H`.
         key: this rank's keys, `B S_local K H`.
         value: this rank's values, `B S_local K Hv`.
-        mask: a mask spec.
+        bias: the rows of this rank's queries, `B N T_local S` with the keys of all ranks in layout order, any
+            axis 1; or a `BiasFn`.
+        mask: a mask spec, or booleans like the bias, or a pair of both.
         scale: factor of the logits, a Python number; None means `1 / sqrt(H)`.
         is_causal: also require key position ≤ query position.
+        local_window_size: as in `ring_attention`.
         return_residual: also return the log-sum-exp, `B T_local N` in float32 (float64 for float64 inputs).
         segment_ids: of this rank's tokens, `B T_local` or `T_local`, or a pair (query's, key's).
         positions: likewise; -1 marks padding. None means the layout's own, with no padding.
+        logits_soft_cap: as in `ring_attention`.
+        sinks: a logit for each of this rank's heads, `N`.
+        dropout_rate: as in `ring_attention`.
+        dropout_rng: the same key on every rank.
+        broadcast_dropout: as in `ring_attention`.
         ring: how the sequence is distributed.
 
     Returns:
@@ -221,15 +330,16 @@ def ring_attention_local(
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
+        NotImplementedError: when differentiated twice.
     """
     _check_arrays(query, key, value)
     ring_size = dataclasses.replace(ring, batch_axes=(), head_axes=()).size(resolve_mesh(None))
     shards = (query.shape[1], key.shape[1])
-    lengths = tuple(shard * ring_size for shard in shards)
+    lengths = (shards[0] * ring_size, shards[1] * ring_size)
     for length, side in zip(lengths, SIDES, strict=True):
         _check_length(length, side, ring, ring_size)
     rank = jax.lax.axis_index(ring.axis_name)
-    q_tokens, kv_tokens = _tokens(
+    tokens = _tokens(
         query.shape[0],
         [
             layouts.local_positions(ring.layout, rank, ring_size, shard, length)[None]
@@ -239,57 +349,179 @@ def ring_attention_local(
         positions,
         (None, None),
     )
-    problem = _problem(query, lengths, lengths, ring_size, mask, is_causal, scale, ring, q_tokens)
-    out, lse = rotate_kv(query, key, value, q_tokens, kv_tokens, problem)
+    rule, operands = _rule_and_operands(
+        query.shape, lengths[1], bias, mask, scale=scale, is_causal=is_causal,
+        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
+        dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
+    )  # fmt: skip
+    problem = _problem(rule, operands, tokens, positions is None, lengths, lengths, ring, ring_size)
+    out, lse = attend(
+        get_strategy(ring.strategy), query, key, value, tokens[0], tokens[1], operands, problem=problem
+    )
     return (out, lse) if return_residual else out
 
 
-def _problem(q, padded, lengths, ring_size, mask, is_causal, scale, ring, q_tokens) -> Problem:
+def _problem(rule, operands, tokens, own_positions, padded, lengths, ring, ring_size) -> Problem:
     """Every default resolved."""
-    mask = _resolve_mask(mask, is_causal)
-    schedule = make_schedule(mask, ring.layout, ring_size, *(length // ring_size for length in padded))
+    shards = tuple(length // ring_size for length in padded)
     return Problem(
         axis_name=ring.axis_name,
-        ring_size=ring_size,
-        # Positions that are data may need any shard.
-        steps=schedule.steps if q_tokens is None else ring_size,
+        schedule=(
+            make_schedule(rule.mask, ring.layout, ring_size, *shards)
+            if own_positions
+            else Schedule.every_shard(ring_size)
+        ),
         layout=ring.layout,
         q_length=lengths[0],
         kv_length=lengths[1],
-        mask=mask,
-        scale=_resolve_scale(scale, q.shape[-1]),
+        rule=rule,
+        # Extremes tell all there is to know of a run of consecutive positions, and of nothing else.
+        refine=(
+            tokens[0] is not None
+            or operands.mask is not None
+            or not rule.mask.is_exact(consecutive=ring.layout != "striped")
+        ),
         kernel="blockwise" if ring.kernel == "auto" else ring.kernel,
         block_sizes=ring.block_sizes or BlockSizes(),
+        batch_axes=ring.batch_axes,
+        head_axes=ring.head_axes,
     )
 
 
-def _resolve_scale(scale: float | None, head_size: int) -> float:
-    if isinstance(scale, Tracer):
-        raise ValueError(
-            f"scale is {scale}, which is traced: it must be a Python number, for it is part of the compiled "
-            f"program. Multiply the query by a scale that is computed, and pass scale=1.0."
+def _rule_and_operands(
+    q_shape: tuple[int, ...],
+    num_keys: int,
+    bias: BiasFn | ArrayLike | None,
+    mask: MaskLike | None,
+    *,
+    scale: float | None,
+    is_causal: bool,
+    local_window_size: int | tuple[int, int] | None,
+    logits_soft_cap: float | None,
+    sinks: ArrayLike | None,
+    dropout_rate: float,
+    dropout_rng: ArrayLike | None,
+    broadcast_dropout: bool,
+) -> tuple[Rule, Operands]:
+    """The arguments that say how logits become weights."""
+    batch, num_q, num_heads, head_size = q_shape
+    _refuse_mask_as_bias(bias)
+    logits = (batch, num_heads, num_q, num_keys)
+    spec, mask_array = _split_mask(mask, logits)
+    if is_causal:
+        spec &= Causal()
+    if local_window_size is not None:
+        spec &= _window(local_window_size)
+    bias_fn = bias_array = parameters = None
+    if isinstance(bias, BiasFn):
+        bias_fn, parameters = bias.fn, jax.tree.map(_bias_parameter, bias.parameters)
+    elif bias is not None:
+        bias_array = _logits_array("bias", bias, logits)
+    if sinks is not None:
+        sinks = _sinks_array(sinks, num_heads)
+    rate = _python_number("dropout_rate", dropout_rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate is {rate}; it must be at least 0 and below 1.")
+    if rate and dropout_rng is None:
+        raise ValueError(f"dropout_rate is {rate}, but there is no dropout_rng; pass jax.random.key(...).")
+    cap = logits_soft_cap
+    if cap is not None and not (cap := _python_number("logits_soft_cap", cap)) > 0:
+        raise ValueError(f"logits_soft_cap is {cap}; it must be above 0, or None for no cap.")
+    rule = Rule(
+        mask=spec,
+        scale=head_size**-0.5 if scale is None else _python_number("scale", scale),
+        soft_cap=cap,
+        bias_fn=bias_fn,
+        dropout_rate=rate,
+        broadcast_dropout=broadcast_dropout,
+    )
+    seed = seed_of(jnp.asarray(dropout_rng)) if rate else None
+    return rule, Operands(bias_array, mask_array, parameters, sinks, seed)
+
+
+def _python_number(name: str, value: float) -> float:
+    if isinstance(value, Tracer):
+        hint = (
+            " Multiply the query by a scale that is computed, and pass scale=1.0." if name == "scale" else ""
         )
-    return head_size**-0.5 if scale is None else float(scale)
+        raise ValueError(
+            f"{name} is {value}, which is traced: it must be a Python number, for it is part of the compiled "
+            f"program.{hint}"
+        )
+    return float(value)
 
 
-def _resolve_mask(mask: Mask | None, is_causal: bool) -> Mask:
+def _split_mask(mask: MaskLike | None, logits: tuple[int, ...]) -> tuple[Mask, jax.Array | None]:
+    """The mask spec, and the array if there is one."""
     match mask:
-        case None | Full():
-            return Causal() if is_causal else Full()
+        case None:
+            return Full(), None
         case Mask():
-            return mask & Causal() if is_causal else mask
-        case jax.Array() | np.ndarray():
-            raise NotImplementedError(
-                f"ring_attention(mask={type(mask).__name__}): mask arrays are not supported yet. Pass a mask "
-                f"spec such as ringjax.Causal(), or segment_ids for packed documents."
-            )
-        case type():
+            return mask, None
+        case type() if issubclass(mask, Mask):
             raise ValueError(
                 f"ring_attention(mask={mask.__name__}): this is a class; a mask spec is a value such as "
                 f"ringjax.Causal(), with parentheses."
             )
+        case (Mask() as spec, array):
+            return spec, None if array is None else _logits_array("mask", array, logits)
+        case jax.Array() | np.ndarray():
+            return Full(), _logits_array("mask", mask, logits)
         case _:
-            raise ValueError(f"ring_attention(mask={mask!r}): pass a mask spec such as ringjax.Causal().")
+            raise ValueError(
+                f"ring_attention(mask={mask!r}): pass a mask spec such as ringjax.Causal(), a boolean array, "
+                f"or a pair of both."
+            )
+
+
+def _window(size: int | tuple[int, int]) -> Mask:
+    sides = size if isinstance(size, tuple) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"local_window_size={size!r} must be one number or a pair (left, right).")
+    return SlidingWindow(*sides)
+
+
+def _logits_array(name: str, value: ArrayLike, logits: tuple[int, ...]) -> jax.Array:
+    """A bias or mask as `B N T S`, any axis of which may be 1."""
+    array = jnp.asarray(value)
+    given = array.shape
+    if array.ndim < 4:
+        array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    if array.ndim > 4 or any(size not in (1, whole) for size, whole in zip(array.shape, logits, strict=True)):
+        raise ValueError(
+            f"{name} has shape {given}; it must broadcast to B N T S = {logits}"
+            f"{', in layout order on both sequence axes, padding included' if name == 'mask' else ''}."
+        )
+    if name == "mask" and array.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask has dtype {array.dtype}; it must be boolean, True where the query attends to the key. An "
+            f"additive mask goes into bias."
+        )
+    if name == "bias" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"bias has dtype {array.dtype}; it must be floating. A boolean array goes into mask."
+        )
+    return array
+
+
+def _bias_parameter(value: ArrayLike) -> jax.Array:
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"BiasFn has a parameter of dtype {array.dtype}; parameters must be floating. What is constant "
+            f"belongs into the function."
+        )
+    return array
+
+
+def _sinks_array(value: ArrayLike, num_heads: int) -> jax.Array:
+    array = jnp.asarray(value)
+    if array.shape != (num_heads,) or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"sinks are {array.dtype} of shape {array.shape}; they must be floating, one for each of the "
+            f"{num_heads} query heads."
+        )
+    return array
 
 
 def _tokens(batch, own_positions, segment_ids, positions, seq_lengths):
@@ -421,12 +653,3 @@ def _refuse_mask_as_bias(bias: object) -> None:
             f"ring_attention: the mask spec {spec.__name__} came as the bias, which is the fourth argument. "
             f"Pass it as mask={spec.__name__}(...)."
         )
-
-
-def _refuse_missing(**features: object) -> None:
-    for name, value in features.items():
-        if value is not None:
-            raise NotImplementedError(
-                f"ring_attention({name}=...) is not supported yet. Leave it out, or use "
-                f"jax.nn.dot_product_attention on one device."
-            )

@@ -28,8 +28,8 @@ class Partial(NamedTuple):
     lse: Float[Array, "B T N"]
 
 
-def empty(shape: tuple[int, int, int, int], dtype: DTypeLike = jnp.float32) -> Partial:
-    """The partial of no keys at all, the neutral element of `merge`; `shape` is that of `out`."""
+def empty(shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Partial:
+    """The partial of no keys at all, the neutral element of `merge`; `shape` is that of `out`, `B T N Hv`."""
     return Partial(jnp.zeros(shape, dtype), jnp.full(shape[:-1], -jnp.inf, dtype))
 
 

@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from . import layouts
 from .kernels.base import BlockSizes, KernelName
 from .layouts import Layout
+from .strategies.base import Strategy
 
 __all__ = ["Ring", "shard_sequence", "unshard_sequence"]
 
-Strategy = Literal["ring"]
 AxisNames = str | tuple[str, ...]
 
 
@@ -26,8 +26,10 @@ class Ring:
 
     Attributes:
         axis_name: the mesh axis that the sequence is split over, or several, taken as one long ring.
-        layout: which tokens a rank holds. `"contiguous"` is the natural order; `"zigzag"` gives every
-            rank equal work under a causal mask, and wants its arrays in that order (`shard_sequence`).
+        layout: which tokens a rank holds. `"contiguous"` is the natural order. `"zigzag"` gives every rank
+            an early and a late run of it, and so equal work under a causal mask; `"striped"` deals the tokens
+            out one by one, which makes the work of each hop equal but for a token. Both want their arrays in
+            that order (`shard_sequence`). Windows save no hops in striped layout.
         strategy: what travels; `"ring"` rotates keys and values. `"auto"` chooses.
         kernel: how one shard meets one shard; `"blockwise"` is plain XLA. `"auto"` chooses.
         block_sizes: tiles inside the kernel; None takes the table's entry for the platform.
@@ -38,6 +40,8 @@ class Ring:
         >>> import ringjax
         >>> ringjax.Ring("sp", layout="zigzag").positions(8, ring_size=2).tolist()
         [0, 1, 6, 7, 2, 3, 4, 5]
+        >>> ringjax.Ring("sp", layout="striped").positions(8, ring_size=2).tolist()
+        [0, 2, 4, 6, 1, 3, 5, 7]
     """
 
     axis_name: AxisNames = "ring"

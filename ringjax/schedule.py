@@ -1,7 +1,8 @@
-"""Which hops a ring makes, decided on the host before anything is traced."""
+"""Which hops a ring makes, and in which direction, decided on the host before anything is traced."""
 
 import dataclasses
 import functools as ft
+from typing import Self
 
 import numpy as np
 
@@ -9,25 +10,49 @@ from . import layouts
 from .layouts import Layout
 from .masks import Mask
 
-__all__ = ["Schedule", "make_schedule"]
+__all__ = ["Schedule", "live_hops", "make_schedule"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The hops of one ring.
 
+    At offset o rank r meets the shard of rank (r - o) mod P. Every rank meets its own first, offset 0. A leg
+    is a journey that starts from there again and goes in one direction: shards move on to rank + 1 on the
+    way to positive offsets, to rank - 1 on the way to negative ones. Each offset is one permute, by as many
+    ranks as lie between it and the one before.
+
     Attributes:
         ring_size: number of ranks, P.
-        steps: how many key shards each rank meets, its own first; `steps - 1` permutes are made.
+        legs: the offsets of each leg in the order of the visits; first the positive ones, then the negative
+            ones, and none that is empty.
+
+    Example:
+        >>> import ringjax
+        >>> from ringjax.schedule import make_schedule
+        >>> make_schedule(ringjax.SlidingWindow(4, 4), "contiguous", 8, 4, 4).legs
+        ((1,), (-1,))
+        >>> make_schedule(ringjax.Causal(), "contiguous", 4, 4, 4).legs
+        ((1, 2, 3),)
     """
 
     ring_size: int
-    steps: int
+    legs: tuple[tuple[int, ...], ...]
+
+    @property
+    def hops(self) -> int:
+        """How many permutes there are: one for every shard met but the own."""
+        return sum(map(len, self.legs))
+
+    @classmethod
+    def every_shard(cls, ring_size: int) -> Self:
+        """All meet all: for positions that are data, of which nothing is known here."""
+        return cls(ring_size, _legs(list(range(1, ring_size)), ring_size))
 
 
 @ft.lru_cache(maxsize=256)
 def make_schedule(mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_shard: int) -> Schedule:
-    """The shortest rotation after which every rank has met every key it attends to.
+    """The shortest journey on which every rank meets every key it attends to.
 
     Args:
         mask: what may attend to what.
@@ -37,18 +62,36 @@ def make_schedule(mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_s
         kv_shard: keys per rank.
     """
     needed = live_hops(mask, layout, ring_size, q_shard, kv_shard).any(axis=0)
-    return Schedule(ring_size, steps=1 + int(np.flatnonzero(needed).max(initial=0)))
+    return Schedule(ring_size, _legs([int(h) for h in np.flatnonzero(needed) if h], ring_size))
+
+
+def _legs(needed: list[int], ring_size: int) -> tuple[tuple[int, ...], ...]:
+    """The offsets (ascending, from 1 to P - 1) cut in two where the ways out add up to the least.
+
+    Those past the cut are reached the other way round, at offset - P; of equal cuts the last is taken.
+    """
+
+    def distance(cut: int) -> int:
+        return max(needed[:cut], default=0) + ring_size - min(needed[cut:], default=ring_size)
+
+    cut = min(range(len(needed), -1, -1), key=distance)
+    ahead, back = needed[:cut], [h - ring_size for h in reversed(needed[cut:])]
+    return tuple(tuple(leg) for leg in (ahead, back) if leg)
 
 
 def live_hops(mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_shard: int) -> np.ndarray:
-    """Whether rank r attends to anything in the shard that reaches it after h hops; bool `P P`."""
+    """Whether rank r attends to anything in the shard of rank (r - h) mod P; bool `P P`, by r and h.
+
+    Asks the mask about the first and the last position of each run, so it is as exact as `Mask.bounds` is on
+    contiguous positions. In striped layout every run spans the whole sequence: no window is found to
+    end, and hardly any hop is dropped.
+    """
     live = np.zeros((ring_size, ring_size), bool)
     ranks = np.arange(ring_size)
     for hop in range(ring_size):
-        q_runs = layouts.intervals(layout, ranks, ring_size, q_shard)
-        kv_runs = layouts.intervals(layout, (ranks - hop) % ring_size, ring_size, kv_shard)
-        for q_start, q_stop in q_runs:
-            for kv_start, kv_stop in kv_runs:
-                some, _ = mask.bounds(q_start, q_stop - 1, kv_start, kv_stop - 1)
-                live[:, hop] |= some & (q_start < q_stop) & (kv_start < kv_stop)
+        for q_run in layouts.runs(layout, ranks, ring_size, q_shard):
+            for kv_run in layouts.runs(layout, (ranks - hop) % ring_size, ring_size, kv_shard):
+                if q_run.size and kv_run.size:
+                    some, _ = mask.bounds(q_run.start, q_run.last, kv_run.start, kv_run.last)
+                    live[:, hop] |= some
     return live

@@ -22,6 +22,16 @@ def test_zigzag_by_hand() -> None:
     assert Ring().positions(5, 3).tolist() == [0, 1, 2, 3, 4, -1]
 
 
+def test_striped_by_hand() -> None:
+    assert Ring(layout="striped").positions(9, 3).tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    assert Ring(layout="striped").positions(5, 2).tolist() == [0, 2, 4, 1, 3, -1]
+
+
+def test_multiples_by_hand() -> None:
+    multiples = {layout: Ring(layout=layout).multiple(6) for layout in LAYOUTS}
+    assert multiples == {"contiguous": 6, "zigzag": 12, "striped": 6}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(length=st.integers(1, 70), ring_size=ring_sizes)
 def test_positions_are_every_token_once_then_padding(layout, length, ring_size) -> None:
@@ -45,6 +55,29 @@ def test_rank_computes_its_own_part_of_the_positions(layout, size, ring_size, da
         local = layouts.local_positions(layout, jnp.int32(rank), ring_size, shard, length)
         assert local.dtype == jnp.int32
         np.testing.assert_array_equal(local, whole[rank * shard : (rank + 1) * shard])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(size=st.integers(0, 8), ring_size=ring_sizes)
+def test_runs_are_the_positions_and_know_their_last(layout, size, ring_size) -> None:
+    shard = size * layouts.chunks(layout)
+    shards = layouts.order(layout, shard * ring_size, ring_size).reshape(ring_size, shard)
+    of_all_ranks = layouts.runs(layout, np.arange(ring_size), ring_size, shard)
+    assert len(of_all_ranks) == layouts.chunks(layout)
+    for rank, held in enumerate(shards):
+        runs = layouts.runs(layout, rank, ring_size, shard)
+        assert [x for run in runs for x in range(run.start, run.last + 1, run.step)] == held.tolist()
+        for run, of_all in zip(runs, of_all_ranks, strict=True):
+            assert (run.start, run.last) == (of_all.start[rank], of_all.last[rank])
+
+
+@given(size=st.integers(1, 8), ring_size=ring_sizes)
+def test_striped_causal_work_differs_by_a_token_per_query(size, ring_size) -> None:
+    shards = Ring(layout="striped").positions(size * ring_size, ring_size).reshape(ring_size, -1)
+    for hop in range(ring_size):
+        met = np.roll(shards, hop, axis=0)
+        work = (met[:, None, :] <= shards[:, :, None]).sum(axis=(1, 2))
+        assert np.ptp(work) == (size if hop else 0)
 
 
 @given(half=st.integers(1, 5), ring_size=ring_sizes)
@@ -153,7 +186,7 @@ def test_ring_is_a_value() -> None:
     [
         (
             {"layout": "zig"},
-            "Ring(layout='zig') is not known; choose one of 'contiguous', 'zigzag'",
+            "Ring(layout='zig') is not known; choose one of 'contiguous', 'zigzag', 'striped'.",
         ),
         ({"strategy": "tree"}, "Ring(strategy='tree') is not known; choose one of 'auto', 'ring'"),
         (

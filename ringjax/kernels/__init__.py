@@ -4,9 +4,16 @@ from types import ModuleType
 from typing import Literal
 
 from . import blockwise
-from .base import BlockSizes as BlockSizes, KernelName as KernelName, Tile as Tile
+from .base import (
+    BlockSizes as BlockSizes,
+    Gradients as Gradients,
+    KernelName as KernelName,
+    Operands as Operands,
+    Rule as Rule,
+    Tile as Tile,
+)
 
-__all__ = ["BlockSizes", "KernelName", "Tile", "get_kernel"]
+__all__ = ["BlockSizes", "Gradients", "KernelName", "Operands", "Rule", "Tile", "get_kernel"]
 
 
 def get_kernel(name: KernelName | Literal["auto"]) -> ModuleType:

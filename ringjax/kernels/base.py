@@ -3,7 +3,7 @@
 A kernel is a module with three functions:
 
     forward(q, kv, tile, into)                         -> Partial, `into` and this shard's keys merged
-    backward(q, kv, lse, delta, dout, tile, dq)        -> (dq + this shard's, dkv of this shard)
+    backward(q, kv, lse, delta, dout, tile, into)      -> (Gradients, `into` and this shard's; dkv)
     supports(tile, dtype, platform)                    -> None, or the reason why not
 
 with `q` and `dout` as `B T N H`, and keys and values fused on their last axis, `kv` `B S K (H + Hv)`: the
@@ -13,16 +13,29 @@ inputs.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from ..masks import EMPTY, FULL, PARTIAL, Mask, Tokens, verdicts
+from ..masks import EMPTY, FULL, PARTIAL, Mask, Tokens, attends, verdicts
 
-__all__ = ["BlockSizes", "KernelName", "Tile", "Visits", "accumulator_dtype", "visits"]
+__all__ = [
+    "BlockSizes",
+    "Gradients",
+    "KernelName",
+    "Operands",
+    "Rule",
+    "Tile",
+    "Visits",
+    "accumulator_dtype",
+    "visits",
+]
 
 KernelName = Literal["blockwise"]
 
@@ -39,24 +52,81 @@ class BlockSizes:
             raise ValueError(f"BlockSizes(q={self.q}, kv={self.kv}): both must be at least 1.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How logits become weights, as far as it is known before tracing.
+
+    Attributes:
+        mask: what may attend to what.
+        scale: factor of the logits.
+        soft_cap: logits are capped to `soft_cap * tanh(logits / soft_cap)`; None does not.
+        bias_fn: a bias as a function, see `BiasFn`.
+        dropout_rate: probability with which a weight is dropped.
+        broadcast_dropout: whether that is alike in all heads and rows of the batch.
+    """
+
+    mask: Mask
+    scale: float
+    soft_cap: float | None = None
+    bias_fn: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = False
+
+
+class Operands(NamedTuple):
+    """What a call may bring beside queries, keys and values; None where it does not.
+
+    Attributes:
+        bias: added to the logits: this rank's queries, by the keys of all ranks in layout order.
+        mask: True where a query attends to a key, likewise.
+        bias_parameters: of the rule's `bias_fn`.
+        sinks: a logit for each head that takes weight and gives no value; merged in outside the kernels.
+        seed: of dropout.
+    """
+
+    bias: Float[Array, "#B #N #T #S_all"] | None = None
+    mask: Bool[Array, "#B #N #T #S_all"] | None = None
+    bias_parameters: Any = None
+    sinks: Float[Array, "N"] | None = None
+    seed: UInt32[Array, "3"] | None = None
+
+
+class Gradients(NamedTuple):
+    """Sums over all shards met so far, in the accumulators' dtype; None for what there is not."""
+
+    dq: Float[Array, "B T N H"]
+    dbias: Float[Array, "#B #N #T #S_all"] | None = None
+    dbias_parameters: Any = None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one meeting of two shards is about, apart from the arrays.
+    """What one meeting of two shards is about, apart from q and kv.
 
     Attributes:
         q: positions and segments of the queries, `B T` or `1 T`.
         kv: of the keys, `B S` or `1 S`.
-        mask: what may attend to what.
-        scale: factor of the logits.
+        operands: what else the call brought.
+        kv_start: which of the operands' keys is the first of this shard.
+        batch_start: which row of the whole batch is this rank's first.
+        head_start: which head of the whole model is this rank's first.
+        rule: how logits become weights.
         block_sizes: tile of the kernel.
+        runs: into how many runs of consecutive tokens a shard falls; no block crosses from one to the next.
+        refine: whether verdicts from extremes alone may miss empty blocks, so that blocks are looked at.
     """
 
     q: Tokens
     kv: Tokens
-    mask: Mask = dataclasses.field(metadata={"static": True})
-    scale: float = dataclasses.field(metadata={"static": True})
+    operands: Operands = dataclasses.field(default_factory=Operands)
+    kv_start: jax.Array | int = 0
+    batch_start: jax.Array | int = 0
+    head_start: jax.Array | int = 0
+    rule: Rule = dataclasses.field(metadata={"static": True})
     block_sizes: BlockSizes = dataclasses.field(metadata={"static": True})
+    runs: int = dataclasses.field(default=1, metadata={"static": True})
+    refine: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 class Visits(NamedTuple):
@@ -87,29 +157,115 @@ def block_size(length: int, wanted: int) -> int:
     return min(-(-even // 16) * 16, wanted)
 
 
-def block_starts(length: int, size: int) -> jax.Array:
-    """Where each block begins; the last one ends with the sequence and may overlap the one before."""
-    return jnp.minimum(jnp.arange(0, length, size, dtype=jnp.int32), jnp.int32(length - size))
+class Blocks(NamedTuple):
+    """How a shard is cut into blocks of one size; the last block of a run ends with it, and may overlap.
+
+    Attributes:
+        size: tokens in a block.
+        starts: where each block begins.
+        owned: where what belongs to each block begins, the rest being the one's before.
+    """
+
+    size: int
+    starts: np.ndarray
+    owned: np.ndarray
+
+    @classmethod
+    def cut(cls, length: int, wanted: int, runs: int = 1) -> "Blocks":
+        """Cuts each of `runs` equal runs into blocks of at most `wanted` tokens."""
+        run = length // runs if length % runs == 0 else length
+        size = block_size(run, wanted)
+        owned = np.arange(0, run, size, dtype=np.int32)
+        offsets = np.arange(0, length, run, dtype=np.int32)[:, None]
+        starts = np.minimum(owned, np.int32(run - size))
+        return cls(size, (offsets + starts).ravel(), (offsets + owned).ravel())
+
+    def of(self, tokens: Tokens) -> Tokens:
+        """`tokens` as `B blocks size`, those that an earlier block holds already marked as padding."""
+        index = self.starts[:, None] + np.arange(self.size, dtype=np.int32)
+        blocks: Tokens = jax.tree.map(lambda x: x[:, index], tokens)
+        owned = (index >= self.owned[:, None])[None]
+        return blocks._replace(positions=jnp.where(owned, blocks.positions, jnp.int32(-1)))
 
 
-def in_blocks(tokens: Tokens, size: int) -> Tokens:
-    """`tokens` as `B blocks size`, those that an earlier block holds already marked as padding."""
-    length = tokens.positions.shape[-1]
-    starts = block_starts(length, size)
-    index = starts[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-    blocks: Tokens = jax.tree.map(lambda x: x[:, index], tokens)
-    owned = index >= jnp.arange(0, length, size, dtype=jnp.int32)[:, None]
-    return blocks._replace(positions=jnp.where(owned[None], blocks.positions, jnp.int32(-1)))
-
-
-def visits(mask: Mask, q: Tokens, kv: Tokens) -> Visits:
-    """What the verdicts on all block pairs mean for the order of work; arguments in blocks."""
-    verdict = verdicts(mask, q, kv)
+def visits(tile: Tile, q: Blocks, kv: Blocks) -> Visits:
+    """What the verdicts on all block pairs mean for the order of work."""
+    q_tokens, kv_tokens = q.of(tile.q), kv.of(tile.kv)
+    verdict = verdicts(tile.rule.mask, q_tokens, kv_tokens)
+    if tile.refine:
+        verdict = _refined(verdict, tile, q, kv)
     return Visits(
         blocks=jnp.argsort(verdict, axis=-1, stable=True).astype(jnp.int32),
         partial=(verdict == PARTIAL).sum(axis=-1, dtype=jnp.int32),
         total=(verdict != EMPTY).sum(axis=-1, dtype=jnp.int32),
     )
+
+
+def _refined(verdict: Int[Array, "B nq nk"], tile: Tile, q: Blocks, kv: Blocks) -> Int[Array, "B nq nk"]:
+    """Verdicts made exact: the rule is evaluated on every block pair that is PARTIAL by its extremes.
+
+    One pass over these blocks that multiplies no matrix, and saves the blocks that turn out EMPTY.
+    """
+    q_tokens, kv_tokens = q.of(tile.q), kv.of(tile.kv)
+    mask = tile.operands.mask
+    if mask is not None:
+        # Nothing is FULL until the caller's mask has been seen.
+        verdict = jnp.broadcast_to(verdict, (max(verdict.shape[0], mask.shape[0]), *verdict.shape[1:]))
+        verdict = jnp.where(verdict == FULL, jnp.int32(PARTIAL), verdict)
+    shape = verdict.shape
+    flat = verdict.ravel()
+    candidates = jnp.argsort(flat, stable=True).astype(jnp.int32)
+
+    def look(index, flat):
+        at = candidates[index]
+        batch, i, j = jnp.unravel_index(at, shape)
+        pairs = attends(tile.rule.mask, pick(q_tokens, batch, i), pick(kv_tokens, batch, j))
+        if mask is not None:
+            starts = jnp.asarray(q.starts)[i], tile.kv_start + jnp.asarray(kv.starts)[j]
+            given = block_of(mask, batch, 0, *starts, (mask.shape[1], q.size, kv.size))
+            some, every = (pairs & given.any(axis=0)).any(), (pairs & given.all(axis=0)).all()
+        else:
+            some, every = pairs.any(), pairs.all()
+        exact = jnp.where(every, jnp.int32(FULL), jnp.where(some, jnp.int32(PARTIAL), jnp.int32(EMPTY)))
+        return lax.dynamic_update_slice(flat, exact[None], (at,))
+
+    count = (flat == PARTIAL).sum(dtype=jnp.int32)
+    return lax.fori_loop(jnp.int32(0), count, look, flat).reshape(shape)
+
+
+def pick(tokens: Tokens, batch: jax.Array, block: jax.Array) -> Tokens:
+    """One block of tokens, of a row of the batch."""
+    return jax.tree.map(lambda x: x[of_batch(x, batch), block], tokens)
+
+
+def of_batch(table: jax.Array, batch: jax.Array) -> jax.Array:
+    """Index into a table whose leading axis is the batch, or 1 for all of it."""
+    return batch if table.shape[0] > 1 else jnp.zeros_like(batch)
+
+
+def block_of(
+    x: Array, batch: jax.Array, head: jax.Array | int, q_start: jax.Array, kv_start: jax.Array, sizes: tuple
+) -> Array:
+    """The block `heads queries keys` of a bias or mask, 1 on the axes where it is broadcast."""
+    at, sizes = _block_index(x, batch, head, q_start, kv_start, sizes)
+    return lax.dynamic_slice(x, at, sizes)[0]
+
+
+def add_block(
+    x: Array, block: Array, batch: jax.Array, head: jax.Array, q_start: jax.Array, kv_start: jax.Array
+) -> Array:
+    """`x` with `block` (`heads queries keys`) added to it, summed over the axes where `x` is broadcast."""
+    at, sizes = _block_index(x, batch, head, q_start, kv_start, block.shape)
+    summed = tuple(axis for axis in range(3) if sizes[axis + 1] == 1 and block.shape[axis] != 1)
+    block = block.sum(axis=summed, keepdims=True)[None]
+    return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, sizes) + block, at)
+
+
+def _block_index(x, batch, head, q_start, kv_start, sizes) -> tuple[tuple, tuple]:
+    at = [jnp.asarray(i, jnp.int32) for i in (batch, head, q_start, kv_start)]
+    whole = [size > 1 for size in x.shape]
+    at = tuple(i if kept else jnp.zeros_like(i) for i, kept in zip(at, whole, strict=True))
+    return at, tuple(size if kept else 1 for size, kept in zip((1, *sizes), whole, strict=True))
 
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:

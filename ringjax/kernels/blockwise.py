@@ -8,6 +8,7 @@ References:
     Dao, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2.
 """
 
+import functools as ft
 from typing import NamedTuple
 
 import jax
@@ -16,9 +17,20 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ..dropout import Place, keep
 from ..masks import Tokens, attends
 from ..partials import Partial
-from .base import Tile, accumulator_dtype, block_size, block_starts, in_blocks, visits
+from .base import (
+    Blocks,
+    Gradients,
+    Tile,
+    accumulator_dtype,
+    add_block,
+    block_of,
+    of_batch,
+    pick,
+    visits,
+)
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -40,7 +52,7 @@ def forward(
 
     def row(index, partial):
         at = grid.row(index)
-        q_rows = grid.rows(q, at) * tile.scale
+        q_rows = grid.rows(q, at) * tile.rule.scale
         top = grid.rows(partial.lse, at)
         # An output normalised over its keys is an accumulator whose weights sum to one.
         total = jnp.where(top == -jnp.inf, jnp.zeros_like(top), jnp.ones_like(top))
@@ -49,18 +61,19 @@ def forward(
             def body(visit, state):
                 out, top, total = state
                 keys, values, kv_at = grid.kv_block(kv, at, visit)
-                logits = _matmul(q_rows, keys.T)
-                if masked:
-                    logits = grid.masked(logits, at, kv_at)
+                logits = grid.logits(q_rows, keys, at, kv_at, masked).masked
                 new_top = jnp.maximum(top, logits.max(axis=-1))
                 # A row that has met no key yet would otherwise compute exp(-inf - -inf).
-                reference = (
-                    jnp.where(new_top == -jnp.inf, jnp.zeros_like(top), new_top) if masked else new_top
-                )
+                reference = new_top
+                if masked or grid.may_be_infinite:
+                    reference = jnp.where(new_top == -jnp.inf, jnp.zeros_like(top), new_top)
                 weights = jnp.exp(logits - reference[:, None])
                 decay = jnp.exp(top - reference)
+                total = total * decay + weights.sum(axis=-1)
+                if (factor := grid.dropout(at, kv_at)) is not None:
+                    weights *= factor
                 out = out * decay[:, None] + _matmul(weights, values)
-                return out, new_top, total * decay + weights.sum(axis=-1)
+                return out, new_top, total
 
             return body
 
@@ -82,15 +95,15 @@ def backward(
     delta: Float[Array, "B T N"],
     dout: Float[Array, "B T N Hv"],
     tile: Tile,
-    dq: Float[Array, "B T N H"],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K HHv"]]:
-    """Adds to `dq` what this shard of keys contributes, and gives the gradient of that shard."""
+    into: Gradients,
+) -> tuple[Gradients, Float[Array, "B S K HHv"]]:
+    """Adds to `into` what this shard of keys contributes, and gives the gradient of that shard."""
     grid = _Grid(q, kv, tile)
 
-    def row(index, gradients):
-        dq, dkv = gradients
+    def row(index, state):
+        gradients, dkv = state
         at = grid.row(index)
-        q_rows, dout_rows = grid.rows(q, at) * tile.scale, grid.rows(dout, at)
+        q_rows, dout_rows = grid.rows(q, at) * tile.rule.scale, grid.rows(dout, at)
         delta_rows, lse_rows = grid.rows(delta, at)[:, None], grid.rows(lse, at)[:, None]
         # Nothing flows through a row that met no key: exp(logit - inf) is 0.
         lse_rows = jnp.where(lse_rows == -jnp.inf, -lse_rows, lse_rows)
@@ -99,24 +112,32 @@ def backward(
 
         def fold(masked):
             def body(visit, state):
-                dq_rows, dkv = state
+                dq_rows, gradients, dkv = state
                 keys, values, kv_at = grid.kv_block(kv, at, visit)
-                logits = _matmul(q_rows, keys.T)
-                if masked:
-                    logits = grid.masked(logits, at, kv_at)
-                weights = jnp.exp(logits - lse_rows)
-                dlogits = weights * (_matmul(dout_rows, values.T) - delta_rows)
+                logits = grid.logits(q_rows, keys, at, kv_at, masked)
+                weights = jnp.exp(logits.masked - lse_rows)
+                dweights = _matmul(dout_rows, values.T)
+                dropped = weights
+                if (factor := grid.dropout(at, kv_at)) is not None:
+                    dropped, dweights = weights * factor, dweights * factor
+                dlogits = weights * (dweights - delta_rows)
+                if logits.slope is not None:
+                    dlogits *= logits.slope
+                gradients = grid.add_biases(gradients, dlogits, at, kv_at)
                 dkv_block = jnp.concatenate(
-                    [_matmul(dlogits.T, q_rows), _matmul(weights.T, dout_rows)], axis=-1
+                    [_matmul(dlogits.T, q_rows), _matmul(dropped.T, dout_rows)], axis=-1
                 )
-                return dq_rows + _matmul(dlogits, keys), grid.add_kv_block(dkv, dkv_block, at, kv_at)
+                dq_rows += _matmul(dlogits, keys)
+                return dq_rows, gradients, grid.add_kv_block(dkv, dkv_block, at, kv_at)
 
             return body
 
-        dq_rows, dkv = grid.visit_all(at, fold, (jnp.zeros_like(q_rows), dkv))
-        return grid.put_rows(dq, grid.rows(dq, at) + dq_rows * tile.scale, at), dkv
+        dq_rows, gradients, dkv = grid.visit_all(at, fold, (jnp.zeros_like(q_rows), gradients, dkv))
+        dq_rows = grid.rows(gradients.dq, at) + dq_rows * tile.rule.scale
+        return gradients._replace(dq=grid.put_rows(gradients.dq, dq_rows, at)), dkv
 
-    return lax.fori_loop(jnp.int32(0), grid.num_rows, row, (dq, jnp.zeros_like(kv, dtype=dq.dtype)))
+    dkv = jnp.zeros_like(kv, dtype=into.dq.dtype)
+    return lax.fori_loop(jnp.int32(0), grid.num_rows, row, (into, dkv))
 
 
 class _Row(NamedTuple):
@@ -134,6 +155,13 @@ class _KVBlock(NamedTuple):
     tokens: Tokens
 
 
+class _Logits(NamedTuple):
+    """Logits of a block; `slope` is what the soft cap multiplies their gradient by, or None."""
+
+    masked: jax.Array
+    slope: jax.Array | None
+
+
 class _Grid:
     """Cuts the shards into blocks of rows (queries of one group of heads) and blocks of keys."""
 
@@ -141,29 +169,33 @@ class _Grid:
         self.batch, q_length, num_heads, self.head_size = q.shape
         _, kv_length, self.num_kv_heads, _ = kv.shape
         self.groups = num_heads // self.num_kv_heads
-        self.mask = tile.mask
+        self.tile, self.rule, self.operands = tile, tile.rule, tile.operands
         self.dtype = accumulator_dtype(q.dtype)
-        self.q_size = block_size(q_length, tile.block_sizes.q)
-        self.kv_size = block_size(kv_length, tile.block_sizes.kv)
-        self.q_starts = block_starts(q_length, self.q_size)
-        self.kv_starts = block_starts(kv_length, self.kv_size)
-        self.q_tokens = in_blocks(tile.q, self.q_size)
-        self.kv_tokens = in_blocks(tile.kv, self.kv_size)
-        self.visits = visits(tile.mask, self.q_tokens, self.kv_tokens)
+        self.q_blocks = Blocks.cut(q_length, tile.block_sizes.q, tile.runs)
+        self.kv_blocks = Blocks.cut(kv_length, tile.block_sizes.kv, tile.runs)
+        self.q_size, self.kv_size = self.q_blocks.size, self.kv_blocks.size
+        self.q_tokens, self.kv_tokens = self.q_blocks.of(tile.q), self.kv_blocks.of(tile.kv)
+        self.visits = visits(tile, self.q_blocks, self.kv_blocks)
 
     @property
     def num_rows(self) -> int:
-        return self.batch * self.num_kv_heads * len(self.q_starts)
+        return self.batch * self.num_kv_heads * len(self.q_blocks.starts)
+
+    @property
+    def may_be_infinite(self) -> bool:
+        """Whether a logit may be -inf where the mask has no say: additive masks are."""
+        return self.operands.bias is not None or self.rule.bias_fn is not None
 
     def row(self, index: jax.Array) -> _Row:
         """The index-th block of rows; blocks of queries change fastest, so a head's keys stay in cache."""
-        index, block = jnp.divmod(index, len(self.q_starts))
+        index, block = jnp.divmod(index, len(self.q_blocks.starts))
         batch, head = jnp.divmod(index, self.num_kv_heads)
-        return _Row(batch, head, block, self.q_starts[block], _pick(self.q_tokens, batch, block))
+        start = jnp.asarray(self.q_blocks.starts)[block]
+        return _Row(batch, head, block, start, pick(self.q_tokens, batch, block))
 
     def visit_all(self, at: _Row, fold, state):
         """Folds every block of keys that the row attends to: `fold(masked)(visit, state) -> state`."""
-        batch = _of_batch(self.visits.total, at.batch)
+        batch = of_batch(self.visits.total, at.batch)
         partial, total = self.visits.partial[batch, at.block], self.visits.total[batch, at.block]
         state = lax.fori_loop(jnp.int32(0), partial, fold(masked=True), state)
         return lax.fori_loop(partial, total, fold(masked=False), state)
@@ -184,8 +216,9 @@ class _Grid:
 
     def kv_block(self, kv: jax.Array, at: _Row, visit: jax.Array):
         """Keys, values and place of the visit-th block of keys that the row attends to."""
-        block = self.visits.blocks[_of_batch(self.visits.blocks, at.batch), at.block, visit]
-        kv_at = _KVBlock(self.kv_starts[block], _pick(self.kv_tokens, at.batch, block))
+        block = self.visits.blocks[of_batch(self.visits.blocks, at.batch), at.block, visit]
+        start = jnp.asarray(self.kv_blocks.starts)[block]
+        kv_at = _KVBlock(start, pick(self.kv_tokens, at.batch, block))
         fused = lax.dynamic_slice(kv, self._kv_index(at, kv_at), (1, self.kv_size, 1, kv.shape[-1])).reshape(
             self.kv_size, kv.shape[-1]
         )
@@ -200,20 +233,89 @@ class _Grid:
     def _kv_index(self, at: _Row, kv_at: _KVBlock) -> tuple:
         return (at.batch, kv_at.start, at.head, jnp.zeros_like(at.head))
 
-    def masked(self, logits: jax.Array, at: _Row, kv_at: _KVBlock) -> jax.Array:
-        """`logits` with -inf where the row's query does not attend to the key."""
-        allowed = attends(self.mask, at.tokens, kv_at.tokens)
-        by_group = logits.reshape(self.q_size, self.groups, self.kv_size)
-        return jnp.where(allowed[:, None, :], by_group, -jnp.inf).reshape(logits.shape)
+    def logits(self, q_rows: jax.Array, keys: jax.Array, at: _Row, kv_at: _KVBlock, masked: bool) -> _Logits:
+        """Scale (already in `q_rows`), then bias, then soft cap, then mask."""
+        logits, slope = _matmul(q_rows, keys.T), None
+        for bias in self._biases(at, kv_at):
+            logits += bias
+        if (cap := self.rule.soft_cap) is not None:
+            bent = jnp.tanh(logits / cap)
+            logits, slope = cap * bent, 1 - bent * bent
+        if masked:
+            logits = jnp.where(self._allowed(at, kv_at), logits, -jnp.inf)
+        return _Logits(logits, slope)
 
+    def _allowed(self, at: _Row, kv_at: _KVBlock) -> jax.Array:
+        """True where the row's query attends to the key, `rows keys`."""
+        allowed = attends(self.rule.mask, at.tokens, kv_at.tokens)[:, None]
+        if self.operands.mask is not None:
+            allowed &= self._operand(self.operands.mask, at, kv_at)
+        return self._as_rows(allowed)
 
-def _of_batch(table: jax.Array, batch: jax.Array) -> jax.Array:
-    """Index into a table whose leading axis is the batch, or 1 for all of it."""
-    return batch if table.shape[0] > 1 else jnp.zeros_like(batch)
+    def _biases(self, at: _Row, kv_at: _KVBlock) -> list[jax.Array]:
+        biases = []
+        if self.operands.bias is not None:
+            biases.append(self._operand(self.operands.bias, at, kv_at))
+        if self.rule.bias_fn is not None:
+            biases.append(self._bias_fn(self.operands.bias_parameters, at, kv_at))
+        return [self._as_rows(bias.astype(self.dtype)) for bias in biases]
 
+    def _bias_fn(self, parameters, at: _Row, kv_at: _KVBlock) -> jax.Array:
+        """Of parameters in the accumulators' dtype, so that their gradient is too."""
+        place = self._place(at, kv_at)
+        assert self.rule.bias_fn is not None
+        bias = self.rule.bias_fn(parameters, place.head, place.q_position, place.kv_position)
+        return jnp.broadcast_to(bias, (self.q_size, self.groups, self.kv_size)).astype(self.dtype)
 
-def _pick(tokens: Tokens, batch: jax.Array, block: jax.Array) -> Tokens:
-    return jax.tree.map(lambda x: x[_of_batch(x, batch), block], tokens)
+    def add_biases(self, gradients: Gradients, dlogits: jax.Array, at: _Row, kv_at: _KVBlock) -> Gradients:
+        """Adds the gradient of the biases, which is that of the logits before the cap."""
+        by_group = dlogits.reshape(self.q_size, self.groups, self.kv_size)
+        if gradients.dbias is not None:
+            dbias = add_block(
+                gradients.dbias, jnp.swapaxes(by_group, 0, 1), at.batch, at.head * self.groups, at.start,
+                self.tile.kv_start + kv_at.start,
+            )  # fmt: skip
+            gradients = gradients._replace(dbias=dbias)
+        if self.rule.bias_fn is not None:
+            bias = ft.partial(self._bias_fn, at=at, kv_at=kv_at)
+            (more,) = jax.vjp(bias, self.operands.bias_parameters)[1](by_group)
+            total = jax.tree.map(jnp.add, gradients.dbias_parameters, more)
+            gradients = gradients._replace(dbias_parameters=total)
+        return gradients
+
+    def dropout(self, at: _Row, kv_at: _KVBlock) -> jax.Array | None:
+        """What dropout multiplies the weights by, `rows keys`."""
+        if self.operands.seed is None:
+            return None
+        rate, place = self.rule.dropout_rate, self._place(at, kv_at)
+        if self.rule.broadcast_dropout:
+            zero = jnp.zeros((1, 1, 1), jnp.int32)
+            place = place._replace(batch=zero, head=zero)
+        kept = keep(self.operands.seed, rate, place)
+        return self._as_rows(jnp.where(kept, jnp.asarray(1 / (1 - rate), self.dtype), 0))
+
+    def _place(self, at: _Row, kv_at: _KVBlock) -> Place:
+        """Where the logits of a block stand, each index in `queries heads keys`."""
+        heads = at.head * self.groups + jnp.arange(self.groups, dtype=jnp.int32)
+        segments = at.tokens.segments
+        return Place(
+            batch=(self.tile.batch_start + at.batch)[None, None, None],
+            head=(self.tile.head_start + heads)[None, :, None],
+            q_position=at.tokens.positions[:, None, None],
+            kv_position=kv_at.tokens.positions[None, None, :],
+            q_segment=None if segments is None else segments[:, None, None],
+        )
+
+    def _operand(self, x: jax.Array, at: _Row, kv_at: _KVBlock) -> jax.Array:
+        """The block of a bias or mask, `queries heads keys`, each 1 where it is broadcast."""
+        head, kv_start = at.head * self.groups, self.tile.kv_start + kv_at.start
+        block = block_of(x, at.batch, head, at.start, kv_start, (self.groups, self.q_size, self.kv_size))
+        return jnp.swapaxes(block, 0, 1)
+
+    def _as_rows(self, x: jax.Array) -> jax.Array:
+        """`queries heads keys`, broadcast, as the rows of a block."""
+        shape = (self.q_size, self.groups, self.kv_size)
+        return jnp.broadcast_to(x, shape).reshape(self.q_size * self.groups, self.kv_size)
 
 
 def _matmul(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:

@@ -8,26 +8,34 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from ..attention import ring_attention
-from ..masks import Mask
+from ..biases import BiasFn
+from ..masks import Full, Mask
 from ..ring import Ring
 
 __all__ = ["attention_fn"]
 
 
 def attention_fn(
-    ring: Ring = Ring(), *, mask: Mask | None = None, mesh: Mesh | AbstractMesh | None = None
+    ring: Ring = Ring(),
+    *,
+    mask: Mask | None = None,
+    bias: BiasFn | None = None,
+    logits_soft_cap: float | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Callable[..., jax.Array]:
     """An `attention_fn` for `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`.
 
     Args:
         ring: how the sequence is distributed.
-        mask: a mask spec, such as `ringjax.Causal()`; Flax's own `is_causal` works too. Mask arrays do not
-            yet.
+        mask: a mask spec, such as `ringjax.Causal()`, beside the mask array and `is_causal` of Flax's call.
+        bias: a bias as a function of positions, such as `ringjax.alibi(num_heads)`.
+        logits_soft_cap: as in `ring_attention`.
         mesh: the mesh; None means the ambient one.
 
     Returns:
-        A function of query, key and value (`... T N H`) and Flax's keywords. Attention is always computed
-        with float32 accumulators and full float32 products, whatever `precision` asks for.
+        A function of query, key and value (`... T N H`) and Flax's keywords, mask, bias and dropout among
+        them; arrays are in layout order. Attention is always computed with float32 accumulators and full
+        float32 products, whatever `precision` asks for; rows that attend to nothing are zero.
 
     Example:
         >>> import jax, jax.numpy as jnp, ringjax
@@ -40,7 +48,7 @@ def attention_fn(
         >>> layer(jnp.ones((1, 16, 8))).shape
         (1, 16, 8)
     """
-    spec = mask
+    spec, position_bias = mask or Full(), bias
 
     def attend(
         query: jax.Array,
@@ -59,22 +67,17 @@ def attention_fn(
         qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
         attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
     ) -> jax.Array:
-        del precision, broadcast_dropout, dropout_rng
+        del precision
         # Flax drops what an attention function does not name, in silence; these change the result.
         if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
             raise NotImplementedError(
                 "attention_fn: qk_attn_weights_einsum_cls and attn_weights_value_einsum_cls replace products "
                 "that a ring computes in its kernel. Leave them out."
             )
-        if mask is not None:
+        if bias is not None and position_bias is not None:
             raise NotImplementedError(
-                "attention_fn: mask arrays are not supported yet. Pass a mask spec, "
-                "attention_fn(ring, mask=ringjax.Causal()), and call the module with mask=None."
-            )
-        if dropout_rate > 0 and not deterministic:
-            raise NotImplementedError(
-                f"attention_fn: dropout_rate={dropout_rate} is not supported yet. Use dropout_rate=0.0, or "
-                f"deterministic=True."
+                "attention_fn: there are two biases, the array of this call and the BiasFn that "
+                "attention_fn() was given. Add the one to the other."
             )
         if module is not None:
             raise NotImplementedError(
@@ -85,7 +88,24 @@ def attention_fn(
             query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
         batch_shape = query.shape[:-3]
         q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-        out = ring_attention(q, k, v, bias, spec, is_causal=is_causal, mesh=mesh, ring=ring)
+        mask, bias = (None if x is None else _one_batch_axis(x, batch_shape) for x in (mask, bias))
+        if mask is not None:
+            mask = mask != 0  # Flax's own masks are floating
+        dropping = dropout_rate > 0 and not deterministic
+        out = ring_attention(
+            q, k, v, position_bias if bias is None else bias, (spec, mask), is_causal=is_causal,
+            logits_soft_cap=logits_soft_cap, dropout_rate=dropout_rate if dropping else 0.0,
+            dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout, mesh=mesh, ring=ring,
+        )  # fmt: skip
         return out.reshape(*batch_shape, *out.shape[1:])
 
     return attend
+
+
+def _one_batch_axis(x: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
+    """A mask or bias `... N T S` with any number of batch axes, each of which may be 1, as `B N T S`."""
+    given = (1,) * (len(batch_shape) + 3 - x.ndim) + x.shape
+    x = x.reshape(given)
+    if any(size > 1 for size in given[:-3]):
+        x = jnp.broadcast_to(x, (*batch_shape, *given[-3:]))
+    return x.reshape(-1, *given[-3:])

@@ -8,128 +8,113 @@ References:
     Liu, Zaharia and Abbeel, "Ring Attention with Blockwise Transformers", arXiv:2310.01889.
 """
 
-import functools as ft
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
 
-from .. import partials
-from ..kernels.base import accumulator_dtype
-from ..masks import Tokens
+from ..kernels import Gradients, Tile
 from ..partials import Partial
-from .base import Problem, vary_alike
+from .base import Inputs, Problem, nothing_yet, tiles
 
-__all__ = ["rotate_kv"]
-
-
-def rotate_kv(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
-    q_tokens: Tokens | None,
-    kv_tokens: Tokens | None,
-    problem: Problem,
-) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-    """Attention of the queries of this rank over the keys of all.
-
-    Args:
-        q: this rank's queries.
-        k: this rank's keys.
-        v: this rank's values.
-        q_tokens: where the queries stand; None means the layout's own positions.
-        kv_tokens: where the keys stand; given ones travel with the keys, others are computed.
-        problem: what is known before tracing.
-
-    Returns:
-        Output in the query's dtype and the log-sum-exp in float32.
-    """
-    q, kv, q_tokens, kv_tokens = vary_alike(q, jnp.concatenate([k, v], axis=-1), q_tokens, kv_tokens)
-    return _rotate_kv(q, kv, q_tokens, kv_tokens, problem)
+__all__ = ["backward", "forward", "supports"]
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _rotate_kv(q, kv, q_tokens, kv_tokens, problem):
-    partial = _forward(q, kv, q_tokens, kv_tokens, problem)
-    return partials.finish(partial, q.dtype), partial.lse
+def supports(tile: Tile) -> str | None:
+    """None, or the reason why not; there is none here."""
+    del tile
+    return None
 
 
-def _rotate_kv_fwd(q, kv, q_tokens, kv_tokens, problem):
-    result = _rotate_kv(q, kv, q_tokens, kv_tokens, problem)
-    out, lse = jax.tree.map(checkpoint_name, result, ("ring_attention_out", "ring_attention_lse"))
-    return (out, lse), (q, kv, q_tokens, kv_tokens, out, lse)
+def forward(inputs: Inputs, problem: Problem) -> Partial:
+    """Attention over the shards of the schedule."""
+    kernel, tile = problem.kernel_module, tiles(inputs, problem)
+    home = inputs.kv, inputs.kv_tokens
+
+    def visit(partial, shard, offset):
+        kv, kv_tokens = shard
+        return kernel.forward(inputs.q, kv, tile(kv_tokens, offset), partial)
+
+    def walk(partial, shard, offset, leg):
+        """Visits the shard at `offset`, then those of the leg."""
+        for (hop,), count in _runs(offset, leg, 1):
+
+            def step(carry, index, hop=hop, offset=offset):
+                partial, shard = carry
+                following = problem.permute(shard, hop)
+                return visit(partial, shard, offset + index * hop), following
+
+            partial, shard = _repeat(step, (partial, shard), count)
+            offset += hop * count
+        return visit(partial, shard, offset)
+
+    partial, _ = nothing_yet(inputs)
+    first, others = _legs(problem)
+    partial = walk(partial, home, 0, first)
+    for leg in others:
+        partial = walk(partial, problem.permute(home, leg[0]), leg[0], leg[1:])
+    return partial
 
 
-def _rotate_kv_bwd(problem, residuals, cotangents):
-    q, kv, q_tokens, kv_tokens, out, lse = residuals
-    dout, dlse = cotangents
-    dtype = accumulator_dtype(q.dtype)
-    delta = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1) - dlse
-    # An lse of -inf is a constant; whatever cotangent arrives there must not reach 0 * inf.
-    delta = jnp.where(lse == -jnp.inf, jnp.zeros_like(delta), delta)
-    dq, dkv = _backward(q, kv, q_tokens, kv_tokens, lse, delta, dout, problem)
-    return dq.astype(q.dtype), dkv.astype(kv.dtype), None, None
+def backward(
+    inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem
+) -> tuple[Gradients, jax.Array]:
+    """Gradients of what stays, and of this rank's own keys and values."""
+    kernel, tile = problem.kernel_module, tiles(inputs, problem)
+    home = inputs.kv, inputs.kv_tokens
+
+    def visit(gradients, shard, offset):
+        kv, kv_tokens = shard
+        return kernel.backward(inputs.q, kv, lse, delta, dout, tile(kv_tokens, offset), gradients)
+
+    def walk(gradients, shard, offset, leg):
+        """Visits the shard at `offset`, then those of the leg; sends the gradient of the last one home."""
+        following = problem.permute(shard, leg[0] - offset) if leg else None
+        gradients, dkv = visit(gradients, shard, offset)
+        for (last_hop, hop), count in _runs(offset, leg, 2):
+            offset += last_hop
+
+            def step(carry, index, last_hop=last_hop, hop=hop, offset=offset):
+                gradients, dkv, shard = carry
+                # The gradient that arrives is that of this shard, summed by the ranks it has passed.
+                following, arriving = problem.permute(shard, hop), problem.permute(dkv, last_hop)
+                gradients, contribution = visit(gradients, shard, offset + index * hop)
+                return gradients, arriving + contribution, following
+
+            gradients, dkv, following = _repeat(step, (gradients, dkv, following), count)
+            offset += hop * (count - 1)
+        if leg:
+            arriving = problem.permute(dkv, leg[-1] - offset)
+            gradients, contribution = visit(gradients, following, leg[-1])
+            dkv, offset = arriving + contribution, leg[-1]
+        return gradients, problem.permute(dkv, -offset)
+
+    _, gradients = nothing_yet(inputs)
+    first, others = _legs(problem)
+    gradients, dkv = walk(gradients, home, 0, first)
+    for leg in others:
+        gradients, more = walk(gradients, problem.permute(home, leg[0]), leg[0], leg[1:])
+        dkv += more
+    return gradients, dkv
 
 
-_rotate_kv.defvjp(_rotate_kv_fwd, _rotate_kv_bwd)
+def _legs(problem: Problem) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The leg that starts with the rank's own shard, and the others."""
+    legs = problem.schedule.legs or ((),)
+    return legs[0], legs[1:]
 
 
-def _forward(q, kv, q_tokens, kv_tokens, problem: Problem) -> Partial:
-    kernel, tile = problem.kernel_module, _tiles(q, kv, q_tokens, problem)
-
-    def attend(partial, shard, hop):
-        return kernel.forward(q, shard[0], tile(shard, hop), partial)
-
-    def step(carry, hop):
-        partial, shard = carry
-        following = problem.permute(shard)
-        return (attend(partial, shard, hop), following), None
-
-    head_size = kv.shape[-1] - q.shape[-1]
-    nothing = partials.empty((*q.shape[:-1], head_size), accumulator_dtype(q.dtype))
-    nothing, _ = vary_alike(nothing, q)
-    last = problem.steps - 1
-    hops = jnp.arange(last, dtype=jnp.int32)
-    (partial, shard), _ = lax.scan(step, (nothing, (kv, kv_tokens)), hops)
-    return attend(partial, shard, last)
+def _runs(offset: int, leg: tuple[int, ...], length: int):
+    """The hops of a leg from `offset` on, `length` neighbours at a time, equal ones counted together."""
+    hops = [b - a for a, b in itertools.pairwise((offset, *leg))]
+    windows = zip(*(hops[i:] for i in range(length)), strict=False)
+    return [(window, len(list(group))) for window, group in itertools.groupby(windows)]
 
 
-def _backward(q, kv, q_tokens, kv_tokens, lse, delta, dout, problem: Problem):
-    kernel, tile = problem.kernel_module, _tiles(q, kv, q_tokens, problem)
-
-    def differentiate(dq, shard, hop):
-        return kernel.backward(q, shard[0], lse, delta, dout, tile(shard, hop), dq)
-
-    def step(carry, hop):
-        dq, dkv, shard = carry
-        # The gradient that arrives is that of this shard, summed by the ranks it has passed.
-        following, arriving = problem.permute((shard, dkv))
-        dq, contribution = differentiate(dq, shard, hop)
-        return (dq, arriving + contribution, following), None
-
-    dtype = accumulator_dtype(q.dtype)
-    dq, dkv, _ = vary_alike(jnp.zeros(q.shape, dtype), jnp.zeros(kv.shape, dtype), q)
-    last = problem.steps - 1
-    hops = jnp.arange(last, dtype=jnp.int32)
-    (dq, dkv, shard), _ = lax.scan(step, (dq, dkv, (kv, kv_tokens)), hops)
-    arriving = problem.permute(dkv) if last else dkv
-    dq, contribution = differentiate(dq, shard, last)
-    return dq, problem.send_home(arriving + contribution)
-
-
-def _tiles(q, kv, q_tokens, problem: Problem):
-    """The tile of this rank's queries and the shard met after `hop` hops."""
-    rank = lax.axis_index(problem.axis_name)
-    if q_tokens is None:
-        q_tokens = problem.tokens(rank, q.shape[1], problem.q_length)
-
-    def tile(shard, hop):
-        _, kv_tokens = shard
-        if kv_tokens is None:
-            source = (rank - hop) % problem.ring_size
-            kv_tokens = problem.tokens(source, kv.shape[1], problem.kv_length)
-        return problem.tile(q_tokens, kv_tokens)
-
-    return tile
+def _repeat(step, carry, count: int):
+    """`step(carry, index)` for each index below `count`; one loop, so that programs do not grow."""
+    if count == 1:
+        return step(carry, 0)
+    indices = jnp.arange(count, dtype=jnp.int32)
+    return lax.scan(lambda carry, index: (step(carry, index), None), carry, indices)[0]

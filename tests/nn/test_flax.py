@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import ringjax
-from ringjax import Causal, Ring, shard_sequence, unshard_sequence
+from ringjax import Causal, Ring, SlidingWindow, shard_sequence, unshard_sequence
 from ringjax.nn import attention_fn
 
 MakeMesh = Callable[..., Mesh]
@@ -100,25 +100,104 @@ def test_dtype_of_the_module_holds(mesh: MakeMesh, x: jax.Array) -> None:
     assert error < 2e-2  # the projections round too
 
 
+def test_mask_array_and_its_gradients_are_flaxs_own(mesh: MakeMesh, x: jax.Array, rng) -> None:
+    mask = jnp.asarray(rng.random((2, N, T, T)) < 0.5) | jnp.eye(T, dtype=bool)
+    own, ours = nnx_module(), nnx_module(attention_fn=attention_fn(mesh=mesh(3)))
+    for given in (mask, mask[:1], mask[:, :1], mask[:1, :1, :, :1] | True):
+        helpers.assert_close(
+            ours(x, mask=given, is_causal=True), own(x, mask=given, is_causal=True), "float32"
+        )
+
+
+@nnx.jit
+def grads(module: Any, x: jax.Array, mask: jax.Array) -> Any:
+    return nnx.to_pure_dict(nnx.grad(lambda module: (module(x, mask=mask) ** 2).sum())(module))
+
+
+def test_gradients_through_a_mask_array_are_flaxs_own(mesh: MakeMesh, x: jax.Array) -> None:
+    mask = nnx.make_causal_mask(jnp.ones((2, T)))
+    own = grads(nnx_module(), x, mask)
+    with jax.set_mesh(mesh(3, "auto")):
+        ours = grads(nnx_module(attention_fn=attention_fn()), x, mask)
+    for name in ("query", "key", "value", "out"):
+        helpers.assert_close(ours[name]["kernel"], own[name]["kernel"], "float32", "grad", name=name)
+
+
+def test_mask_array_and_spec_hold_together(mesh: MakeMesh, x: jax.Array) -> None:
+    window, causal = SlidingWindow(5, 5), nnx.make_causal_mask(jnp.ones((2, T)))
+    both = nnx_module(attention_fn=attention_fn(mask=window, mesh=mesh(3)))(x, mask=causal)
+    spec = nnx_module(attention_fn=attention_fn(mask=window & Causal(), mesh=mesh(3)))(x)
+    helpers.assert_close(both, spec, "float32")
+
+
+def test_mask_with_two_batch_axes_is_flaxs_own(mesh: MakeMesh, x: jax.Array, rng) -> None:
+    stacked = jnp.stack([x, 2 * x, -x])
+    own, ours = nnx_module(), nnx_module(attention_fn=attention_fn(mesh=mesh(3)))
+    mask = jnp.asarray(rng.random((3, 2, 1, T, T)) < 0.5) | jnp.eye(T, dtype=bool)
+    for given in (mask, mask[:1], mask[:, :1], mask[0, 0]):
+        whole = jnp.broadcast_to(given, mask.shape)  # Flax itself takes no batch axis of 1 here
+        helpers.assert_close(ours(stacked, mask=given), own(stacked, mask=whole), "float32")
+
+
+def test_bias_is_flaxs_own(mesh: MakeMesh, rng) -> None:
+    q, k, v = helpers.random_qkv(rng, T=T)
+    bias = jnp.asarray(rng.standard_normal((1, N, T, T)), jnp.float32)
+    expected = nnx.dot_product_attention(q, k, v, bias)
+    helpers.assert_close(attention_fn(mesh=mesh(3))(q, k, v, bias), expected, "float32")
+
+
+def test_position_bias_and_soft_cap_are_the_primitives(mesh: MakeMesh, rng) -> None:
+    q, k, v = helpers.random_qkv(rng, T=T)
+    ours = attention_fn(bias=ringjax.alibi(N), logits_soft_cap=2.0, mesh=mesh(3))(q, k, v)
+    i = np.arange(T)
+    bias = -np.abs(i[:, None] - i) * np.array([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])[:, None, None]
+    out, _ = helpers.oracle(q, k, v, bias=bias[None], softcap=2.0)
+    helpers.assert_close(ours, out, "float32")
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("flavour", ["nnx", "linen"])
+def test_dropout_is_passed_through(mesh: MakeMesh, x: jax.Array, flavour: str, broadcast: bool) -> None:
+    options: dict[str, Any] = {"num_heads": N, "dropout_rate": 0.5, "broadcast_dropout": broadcast}
+
+    def run(ring_size: int, seed: int, deterministic: bool = False) -> jax.Array:
+        fn = attention_fn(mesh=mesh(ring_size, "auto"))
+        if flavour == "nnx":
+            module = nnx.MultiHeadAttention(
+                **options, in_features=D, decode=False, rngs=nnx.Rngs(0), attention_fn=fn
+            )
+            return module(x, deterministic=deterministic, rngs=nnx.Rngs(seed))
+        module = flax.linen.MultiHeadDotProductAttention(**options, attention_fn=fn)
+        rngs = {"dropout": jax.random.key(seed)}
+        variables = module.init(jax.random.key(0), x, deterministic=True)
+        return jax.jit(lambda v: module.apply(v, x, deterministic=deterministic, rngs=rngs))(variables)
+
+    plain, dropped = run(1, 1, deterministic=True), run(1, 1)
+    helpers.assert_close(run(3, 1), dropped, "float32")
+    distance = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
+    assert distance(plain, dropped) > 0.1
+    assert distance(run(1, 2), dropped) > 0.1
+
+
+def test_broadcast_dropout_drops_alike_in_heads_and_rows(mesh: MakeMesh) -> None:
+    q, k = jnp.zeros((2, T, N, 4)), jnp.zeros((2, T, N, 4))
+    v = jnp.broadcast_to(jnp.eye(T)[None, :, None], (2, T, N, T))  # the output is the weights
+    run = lambda broadcast: np.asarray(
+        attention_fn(mesh=mesh(3))(
+            q, k, v, dropout_rate=0.5, dropout_rng=jax.random.key(0), broadcast_dropout=broadcast
+        )
+    )
+    alike, apart = run(True), run(False)
+    assert (alike == alike[:1, :, :1]).all()
+    assert 0.4 < (apart[0] != apart[1]).mean() < 0.6
+    assert 0.4 < (apart[:, :, 0] != apart[:, :, 1]).mean() < 0.6
+
+
 class TestRefusals:
-    def test_mask_arrays(self, mesh: MakeMesh, x: jax.Array) -> None:
-        module = nnx_module(attention_fn=attention_fn(mesh=mesh(3)))
-        mask = nnx.make_causal_mask(jnp.ones((2, T)))
-        with pytest.raises(NotImplementedError, match=r"mask arrays.*mask=ringjax\.Causal\(\)"):
-            module(x, mask=mask)
-
-    def test_bias(self, mesh: MakeMesh, rng: np.random.Generator) -> None:
+    def test_two_biases(self, mesh: MakeMesh, rng: np.random.Generator) -> None:
         q, k, v = helpers.random_qkv(rng, T=T)
-        with pytest.raises(NotImplementedError, match=r"ring_attention\(bias=...\) is not supp"):
-            attention_fn(mesh=mesh(3))(q, k, v, jnp.zeros((1, 1, T, T)))
-
-    def test_dropout_unless_deterministic(self, mesh: MakeMesh, x: jax.Array) -> None:
-        options = {"dropout_rate": 0.1, "attention_fn": attention_fn(mesh=mesh(3))}
-        module = nnx_module(**options)
-        with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.1.*deterministic=True"):
-            module(x, rngs=nnx.Rngs(0), deterministic=False)
-        expected = nnx_module(dropout_rate=0.1)(x, deterministic=True)
-        helpers.assert_close(module(x, deterministic=True), expected, "float32")
+        with pytest.raises(NotImplementedError, match="there are two biases"):
+            attention_fn(bias=ringjax.alibi(N), mesh=mesh(3))(q, k, v, jnp.zeros((1, 1, T, T)))
 
     def test_sow_weights(self, mesh: MakeMesh, x: jax.Array) -> None:
         module = nnx_module(attention_fn=attention_fn(mesh=mesh(3)))

@@ -1,0 +1,135 @@
+"""The table of what is supported, made from what strategies and kernels themselves answer.
+
+`python -m ringjax.support README.md` writes it into a file, between its two marks.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from .biases import alibi
+from .kernels import BlockSizes, KernelName, Operands, Rule, Tile, get_kernel
+from .masks import Causal, ChunkedLocal, Full, Mask, MaskFn, PrefixLM, SlidingWindow, Tokens
+from .ring import Strategy
+from .strategies import get_strategy
+
+__all__ = ["FEATURES", "Feature", "reason_against", "table"]
+
+BEGIN, END = "<!-- support table: begin -->\n", "<!-- support table: end -->\n"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feature:
+    """A row of the table: what to ask about.
+
+    Attributes:
+        text: how the row is called.
+        mask: a mask spec.
+        rule: further fields of the `Rule`.
+        operands: which of the `Operands` there are.
+        segments: whether there are packed documents.
+        layout: of the ring.
+        dtype: of query, key and value.
+    """
+
+    text: str
+    mask: Mask = Causal()
+    rule: tuple[tuple[str, Any], ...] = ()
+    operands: tuple[str, ...] = ()
+    segments: bool = False
+    layout: str = "contiguous"
+    dtype: str = "float32"
+
+
+def _even(q_position, kv_position):
+    return (q_position - kv_position) % 2 == 0
+
+
+FEATURES: dict[str, Feature] = {
+    "full": Feature(text="full attention", mask=Full()),
+    "causal": Feature(text="causal"),
+    "zigzag": Feature(text="zigzag layout", layout="zigzag"),
+    "striped": Feature(text="striped layout", layout="striped"),
+    "window": Feature(text="sliding window (`local_window_size`)", mask=SlidingWindow(3, 2)),
+    "prefix": Feature(text="prefix-LM", mask=PrefixLM(4)),
+    "chunked": Feature(text="chunked-local", mask=Causal() & ChunkedLocal(4)),
+    "mask_fn": Feature(
+        text="a rule of one's own (`MaskFn`), masks combined by `&` and `|`", mask=MaskFn(_even)
+    ),
+    "mask_array": Feature(text="boolean mask arrays, any axis broadcast", operands=("mask",)),
+    "segments": Feature(text="packed documents (`segment_ids`)", segments=True),
+    "positions": Feature(text="explicit `positions`, padding, sequence lengths"),
+    "bias": Feature(text="bias arrays, any axis broadcast, with their gradient", operands=("bias",)),
+    "bias_fn": Feature(
+        text="biases as functions (`BiasFn`, `alibi`), with the gradient of their parameters",
+        rule=(("bias_fn", alibi(1).fn),),
+        operands=("bias_parameters",),
+    ),
+    "soft_cap": Feature(text="soft cap of the logits", rule=(("soft_cap", 30.0),)),
+    "sinks": Feature(text="attention sinks, with their gradient", operands=("sinks",)),
+    "dropout": Feature(text="dropout, alike on any ring", rule=(("dropout_rate", 0.1),), operands=("seed",)),
+    "groups": Feature(text="grouped and multi-query heads, value heads of another size"),
+    "lengths": Feature(text="T ≠ S, lengths that do not divide, shorter than the ring"),
+    "low_precision": Feature(text="bfloat16, float16 in; float32 inside", dtype="bfloat16"),
+    "float64": Feature(text="float64 in and inside (x64)", dtype="float64"),
+    "residual": Feature(text="log-sum-exp with its exact cotangent"),
+}
+
+
+def reason_against(feature: Feature, strategy: Strategy, kernel: KernelName) -> str | None:
+    """None where the combination is supported, or why it is not."""
+    zeros: Any = np.zeros((1, 8), np.int32)
+    tokens = Tokens(zeros, zeros if feature.segments else None)
+    operands: dict[str, Any] = {name: np.zeros(OPERAND_SHAPES[name], np.float32) for name in feature.operands}
+    tile = Tile(
+        q=tokens,
+        kv=tokens,
+        operands=Operands(**operands),
+        rule=Rule(mask=feature.mask, scale=1.0, **dict(feature.rule)),
+        block_sizes=BlockSizes(),
+    )
+    return get_strategy(strategy).supports(tile) or get_kernel(kernel).supports(
+        tile, jnp.dtype(feature.dtype), "cpu"
+    )
+
+
+OPERAND_SHAPES = {
+    "bias": (1, 1, 8, 8), "mask": (1, 1, 8, 8), "bias_parameters": (1,), "sinks": (1,), "seed": (3,),
+}  # fmt: skip
+
+
+def table() -> str:
+    """Features by strategies and kernels, in Markdown; the reasons against are footnotes."""
+    columns = [(s, k) for s in get_args(Strategy) for k in get_args(KernelName)]
+    notes: list[str] = []
+
+    def cell(feature: Feature, strategy: Strategy, kernel: KernelName) -> str:
+        if (reason := reason_against(feature, strategy, kernel)) is None:
+            return "yes"
+        if reason not in notes:
+            notes.append(reason)
+        return f"no [{notes.index(reason) + 1}]"
+
+    lines = [
+        f"| | {' | '.join(f'`{s}`, `{k}`' for s, k in columns)} |",
+        f"| --- |{' --- |' * len(columns)}",
+        *(
+            f"| {feature.text} | {' | '.join(cell(feature, *column) for column in columns)} |"
+            for feature in FEATURES.values()
+        ),
+    ]
+    footnotes = [f"\n[{number}] {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join([*lines, *footnotes]) + "\n"
+
+
+def _write(path: pathlib.Path) -> None:
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(before + BEGIN + table() + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    _write(pathlib.Path(sys.argv[1]))
