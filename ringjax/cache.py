@@ -8,6 +8,7 @@ References:
     Shyam et al., "Tree Attention", arXiv:2408.04093, section 4.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,34 +18,35 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from . import partials
+from .biases import BiasFn
 from .kernels.base import accumulator_dtype
 from .masks import Causal, Mask, Tokens, attends
 from .partials import Partial
 
-__all__ = ["KVCache", "append", "attend", "free_slots", "gather_and_merge", "make_cache", "scatter_and_merge"]
+__all__ = ["KVCache", "append", "attend", "free_slots", "gather_and_merge", "make_cache"]
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far; head-major, so that decoding needs no transpose.
 
+    `R` stands for batch and key heads, as two axes `B K` or flattened into one.
+
     Attributes:
-        keys: `B K S H`, `S` slots per rank; after further leading axes (layers) if there are any.
-        values: `B K S Hv`.
+        keys: `*R S H`, S slots per rank; in a decoder a tuple of such arrays, one for each layer.
+        values: `*R S Hv`, likewise.
         positions: int32 `S`, the token that each slot holds, -1 where it is free.
     """
 
-    keys: Float[Array, "*L B K S H"]
-    values: Float[Array, "*L B K S Hv"]
+    keys: Float[Array, "*R S H"] | tuple[Float[Array, "*R S H"], ...]
+    values: Float[Array, "*R S Hv"] | tuple[Float[Array, "*R S Hv"], ...]
     positions: Int[Array, "S"]
 
 
-def make_cache(
-    shape: tuple[int, int, int, int], value_size: int, dtype: DTypeLike, leading: tuple[int, ...] = ()
-) -> KVCache:
+def make_cache(shape: tuple[int, int, int, int], value_size: int, dtype: DTypeLike) -> KVCache:
     """An empty cache; `shape` is that of the keys, `B K S H`."""
     return KVCache(
-        jnp.zeros((*leading, *shape), dtype),
-        jnp.zeros((*leading, *shape[:-1], value_size), dtype),
+        jnp.zeros(shape, dtype),
+        jnp.zeros((*shape[:-1], value_size), dtype),
         jnp.full(shape[2], -1, jnp.int32),
     )
 
@@ -77,25 +79,20 @@ def free_slots(
 
 
 def append(
-    cache: Float[Array, "*L B K S H"],
-    new: Float[Array, "B T K H"],
-    slots: Int[Array, "T"],
-    layer: jax.Array | None = None,
-) -> Float[Array, "*L B K S H"]:
+    cache: Float[Array, "*R S H"], new: Float[Array, "B T K H"], slots: Int[Array, "T"]
+) -> Float[Array, "*R S H"]:
     """Writes new keys or values into their slots, in place where the cache is donated.
 
     Args:
-        cache: keys or values; with `layer`, of all layers stacked.
+        cache: keys or values.
         new: those of the new tokens.
         slots: of `free_slots`; a token whose slot is -1 is not written.
-        layer: which of the stacked layers.
     """
-    new = jnp.moveaxis(new, 1, 2)
-    lead = () if layer is None else (layer,)
+    *lead, _, size = cache.shape
+    new = jnp.moveaxis(new, 1, 2).reshape(*lead, -1, size).astype(cache.dtype)
     for index in range(slots.shape[0]):
-        row = new[:, :, index : index + 1].astype(cache.dtype)
-        row = row.reshape((1,) * len(lead) + row.shape)
-        at = (*lead, 0, 0, jnp.maximum(slots[index], 0), 0)
+        row = new[..., index : index + 1, :]
+        at = (*(0 for _ in lead), jnp.maximum(slots[index], 0), 0)
         row = jnp.where(slots[index] < 0, lax.dynamic_slice(cache, at, row.shape), row)
         cache = lax.dynamic_update_slice(cache, row, at)
     return cache
@@ -103,35 +100,61 @@ def append(
 
 def attend(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S Hv"],
+    keys: Float[Array, "*R S H"],
+    values: Float[Array, "*R S Hv"],
     q_positions: Int[Array, "T"],
     kv_positions: Int[Array, "S"],
     *,
     scale: float,
     mask: Mask = Causal(),
+    soft_cap: float | None = None,
+    bias: BiasFn | None = None,
+    first_head: jax.Array | int = 0,
 ) -> Partial:
-    """Attention of a few queries over the keys of this rank alone."""
+    """Attention of a few queries over the keys of this rank alone.
+
+    Args:
+        q: the queries.
+        keys: this rank's, those of the queries' own tokens among them.
+        values: likewise.
+        q_positions: of the queries.
+        kv_positions: the token that each slot holds, -1 where it is free.
+        scale: factor of the logits.
+        mask: what may attend to what.
+        soft_cap: as `logits_soft_cap` of `ring_attention`.
+        bias: of the logits.
+        first_head: which head of the whole model is the first of `q`, for the bias.
+    """
     batch, num_q, num_heads, head_size = q.shape
-    num_kv_heads = keys.shape[1]
+    lead = keys.shape[:-2]
+    num_kv_heads = math.prod(lead) // batch
     dtype = accumulator_dtype(q.dtype)
     rows = num_q * num_heads // num_kv_heads
     by_head = jnp.moveaxis(q.reshape(batch, num_q, num_kv_heads, -1, head_size), 1, 2)
     logits = jnp.einsum(
-        "bkrh,bksh->bkrs",
-        by_head.reshape(batch, num_kv_heads, rows, head_size),
+        "...rh,...sh->...rs",
+        by_head.reshape(*lead, rows, head_size),
         keys,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
     allowed = attends(mask, Tokens(q_positions[None]), Tokens(kv_positions[None]))[0]
     allowed = jnp.repeat(allowed, rows // num_q, axis=0)
-    logits = jnp.where(allowed, logits * scale, -jnp.inf)
+    logits *= scale
+    if bias is not None:
+        head = (first_head + jnp.arange(num_heads, dtype=jnp.int32)).reshape(num_kv_heads, 1, -1, 1)
+        added = bias.fn(bias.parameters, head, q_positions[None, :, None, None], jnp.maximum(kv_positions, 0))
+        shape = (num_kv_heads, num_q, rows // num_q, kv_positions.shape[0])
+        added = jnp.broadcast_to(added, (batch, *shape)).reshape(logits.shape)
+        logits += added.astype(dtype)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = jnp.where(allowed, logits, -jnp.inf)
     top = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(top == -jnp.inf, jnp.zeros_like(top), top))
     total = weights.sum(axis=-1, keepdims=True)
     out = jnp.einsum(
-        "bkrs,bksh->bkrh",
+        "...rs,...sh->...rh",
         weights.astype(values.dtype),
         values,
         precision=lax.Precision.HIGHEST,
@@ -152,24 +175,3 @@ def gather_and_merge(partial: Partial, axis_name: str | tuple[str, ...]) -> Part
     packed = jnp.concatenate([partial.out, partial.lse[..., None]], axis=-1)
     packed = lax.all_gather(packed, axis_name)
     return partials.merge_over(Partial(packed[..., :-1], packed[..., -1]))
-
-
-def scatter_and_merge(partial: Partial, axis_name: str | tuple[str, ...]) -> Float[Array, "B T NHv_local"]:
-    """The attention over the keys of all ranks, heads and head axis flattened and split over the ranks.
-
-    One all-to-all, of 1/P of what an all-gather moves: the form that a row-parallel output projection takes.
-    If P does not divide `N * Hv`, the last rank's slice ends in zeros.
-    """
-    ring_size, rank = lax.axis_size(axis_name), lax.axis_index(axis_name)
-    batch, length, num_heads, head_size = partial.out.shape
-    flat = partial.out.reshape(batch, length, num_heads * head_size)
-    local = -(-flat.shape[-1] // ring_size)
-    spare = local * ring_size - flat.shape[-1]
-    pieces = jnp.pad(flat, [(0, 0), (0, 0), (0, spare)]).reshape(batch, length, ring_size, local)
-    to_all = jnp.broadcast_to(partial.lse[:, :, None], (batch, length, ring_size, num_heads))
-    packed = jnp.concatenate([pieces, to_all], axis=-1)
-    packed = lax.all_to_all(packed, axis_name, split_axis=2, concat_axis=2, tiled=True)
-    pieces, lse = jnp.moveaxis(packed[..., :local], 2, 0), jnp.moveaxis(packed[..., local:], 2, 0)
-    # Which head each element of this rank's slice belongs to; the spare ones may name any.
-    head = jnp.minimum((rank * local + jnp.arange(local)) // head_size, num_heads - 1)
-    return partials.merge_over(Partial(pieces[..., None], lse[..., head])).out[..., 0]

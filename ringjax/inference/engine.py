@@ -1,9 +1,8 @@
 """`Engine`: a model's weights on a mesh, and from prompts to tokens."""
 
-import functools as ft
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from ..models.config import DecoderConfig
 from ..models.llama import load_parameters
 from ..ring import Ring, shard_sequence
 from . import weights
+from .programs import Programs, compile_programs
 from .sampling import Sampler
 from .steps import Model
 
@@ -64,9 +64,9 @@ class Engine:
         self.dtype = jnp.dtype(dtype)
         self.model = Model(config, ring, self.dtype.name)
         parameters = jax.tree.map(lambda x: np.asarray(x, self.dtype), parameters)
-        self.weight_specs = weights.specs(parameters, ring.axis_name)
+        parameters = weights.by_layer(parameters)
         self.weights = weights.shard(parameters, mesh, ring.axis_name, self.ring_size, progress)
-        self._programs: dict[tuple, _Programs] = {}
+        self._programs: dict[tuple, Programs] = {}
 
     @classmethod
     def from_checkpoint(
@@ -128,7 +128,7 @@ class Engine:
         prompt = prompt.astype(np.int32)
         return Generation(self, programs, compile_seconds, prompt, max_tokens, seed, frozenset(stop_ids))
 
-    def _compile(self, length: int, max_tokens: int, sampler: Sampler) -> "tuple[_Programs, float]":
+    def _compile(self, length: int, max_tokens: int, sampler: Sampler) -> tuple[Programs, float]:
         """The programs for a prompt of this length, and the seconds that making them took just now."""
         local = self.ring.padded_length(length, self.ring_size) // self.ring_size
         # The last token generated is never read.
@@ -137,52 +137,11 @@ class Engine:
         if key in self._programs:
             return self._programs[key], 0.0
         start = time.perf_counter()
-        axis_name = self.ring.axis_name
-        by_slot = P(None, None, None, axis_name, None)
-        cache_specs = KVCache._make((by_slot, by_slot, P(axis_name)))
-        run = ft.partial(jax.shard_map, mesh=self.mesh, out_specs=(P(), P(), P(), cache_specs))
-
-        def choose(step, rng, position):
-            logits, cache = step
-            return sampler(logits, jax.random.fold_in(rng, position)), position, logits, cache
-
-        @jax.jit
-        @ft.partial(run, in_specs=(self.weight_specs, P(None, axis_name), P(), P()))
-        def prefill(shards, tokens, length, rng):
-            return choose(self.model.prefill(shards, tokens, length, slots=slots), rng, length)
-
-        @ft.partial(jax.jit, donate_argnums=1)
-        @ft.partial(run, in_specs=(self.weight_specs, cache_specs, P(), P(), P()))
-        def decode(shards, cache, token, position, rng):
-            return choose(self.model.decode(shards, cache, token, position), rng, position + 1)
-
-        def shape(shape, dtype, spec):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
-
-        config = self.config
-        kv = shape(
-            (config.num_layers, 1, config.num_kv_heads, slots * self.ring_size, config.head_dim),
-            self.dtype,
-            by_slot,
-        )
-        cache = KVCache._make((kv, kv, shape((slots * self.ring_size,), jnp.int32, P(axis_name))))
-        tokens = shape((1, local * self.ring_size), jnp.int32, P(None, axis_name))
-        scalar, token = shape((), jnp.int32, P()), shape((1,), jnp.int32, P())
-        rng = jax.eval_shape(lambda: jax.random.key(0))
-        rng = shape(rng.shape, rng.dtype, P())
-        programs = _Programs(
-            prefill.lower(self.weights, tokens, scalar, rng).compile(),
-            decode.lower(self.weights, cache, token, scalar, rng).compile(),
-            slots,
+        programs = compile_programs(
+            self.model, self.mesh, self.weights, local=local, slots=slots, sampler=sampler
         )
         self._programs[key] = programs
         return programs, time.perf_counter() - start
-
-
-class _Programs(NamedTuple):
-    prefill: Callable[..., Any]
-    decode: Callable[..., Any]
-    slots: int
 
 
 class Generation:
@@ -203,7 +162,7 @@ class Generation:
     def __init__(
         self,
         engine: Engine,
-        programs: _Programs,
+        programs: Programs,
         compile_seconds: float,
         prompt: np.ndarray,
         max_tokens: int,

@@ -1,9 +1,9 @@
-"""Weights held once across the ring: each rank keeps 1/P of every matrix.
+"""Weights held once across the ring: each rank keeps 1/P of every parameter.
 
-Each matrix is split along the axis that lets a rank use its piece in place when decoding (tensor parallel:
-columns of what makes heads and hidden units, rows of what consumes them), and is gathered whole, one layer
-at a time, in prefill. An axis that P does not divide is padded with zeros, which change nothing in a product
-and are cut off after a gather. Only the norms' scales, a few thousand numbers, are on every rank.
+Each is split along the axis of the hidden stream (rows of what reads it, columns of what writes it), so that
+a rank that decodes needs no more of the stream than its own part. In prefill the parameters are gathered
+whole, one layer at a time. A hidden size that P does not divide is padded with zeros, which change nothing in
+a product and are cut off after a gather.
 """
 
 from collections.abc import Callable
@@ -16,36 +16,43 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from ..models.config import DecoderConfig
 
-__all__ = ["gather", "shard", "specs"]
+__all__ = ["by_layer", "gather", "shard", "specs"]
 
-# The axis that is split; counted from the end, since layers are stacked in front.
-SPLIT_AXIS = {
+# The axis of the hidden stream, counted from the end.
+HIDDEN_AXIS = {
     "embedding": -1,
+    "scale": -1,
     "head": -2,
-    "q_proj": -1,
-    "k_proj": -1,
-    "v_proj": -1,
-    "o_proj": -2,
-    "gate_proj": -1,
-    "up_proj": -1,
-    "down_proj": -2,
+    "q_proj": -2,
+    "k_proj": -2,
+    "v_proj": -2,
+    "o_proj": -1,
+    "gate_proj": -2,
+    "up_proj": -2,
+    "down_proj": -1,
 }
 
 
-def split_axis(path: tuple[Any, ...]) -> int | None:
-    """The axis along which the parameter at `path` is split, or None for one held by every rank."""
-    names = [getattr(entry, "key", entry) for entry in path]
-    return next((SPLIT_AXIS[name] for name in names if name in SPLIT_AXIS), None)
+def hidden_axis(path: tuple[Any, ...]) -> int:
+    """The axis along which the parameter at `path` is split."""
+    names = [getattr(entry, "key", None) for entry in path]
+    return next(HIDDEN_AXIS[name] for name in names if name in HIDDEN_AXIS)
+
+
+def by_layer(parameters: Any) -> Any:
+    """The parameters with a list of layers in place of the stack, which programs would copy from."""
+    stacked = parameters["layers"]
+    num_layers = len(jax.tree.leaves(stacked)[0])
+    layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)]
+    return {**parameters, "layers": layers}
 
 
 def specs(parameters: Any, axis_name: str | tuple[str, ...]) -> Any:
     """Partition specs of the parameters."""
 
     def spec(path, leaf):
-        axis = split_axis(path)
         entries: list = [None] * np.ndim(leaf)
-        if axis is not None:
-            entries[axis] = axis_name
+        entries[hidden_axis(path)] = axis_name
         return P(*entries)
 
     return jax.tree.map_with_path(spec, parameters)
@@ -61,7 +68,7 @@ def shard(
     """Places the parameters on the mesh, each rank receiving only its pieces.
 
     Args:
-        parameters: as `load_parameters` gives them.
+        parameters: of `by_layer`.
         mesh: a concrete mesh.
         axis_name: the ring's axis or axes.
         ring_size: number of ranks.
@@ -72,8 +79,8 @@ def shard(
 
     def place(path, leaf, spec):
         nonlocal done
-        axis = split_axis(path)
-        if axis is not None and (spare := -leaf.shape[axis] % ring_size):
+        axis = hidden_axis(path)
+        if spare := -leaf.shape[axis] % ring_size:
             widths = [(0, 0)] * leaf.ndim
             widths[axis] = (0, spare)
             leaf = np.pad(leaf, widths)
@@ -85,32 +92,12 @@ def shard(
     return jax.tree.map_with_path(place, parameters, specs(parameters, axis_name))
 
 
-def full_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Length of each split axis before padding."""
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "embedding": config.hidden_size,
-        "head": config.hidden_size,
-        "q_proj": heads,
-        "k_proj": kv_heads,
-        "v_proj": kv_heads,
-        "o_proj": heads,
-        "gate_proj": config.intermediate_size,
-        "up_proj": config.intermediate_size,
-        "down_proj": config.intermediate_size,
-    }
-
-
 def gather(shards: Any, config: DecoderConfig, axis_name: str | tuple[str, ...]) -> Any:
-    """The whole matrices of one layer, from every rank's pieces; inside `shard_map`."""
-    sizes = full_sizes(config)
+    """The whole parameters of one layer, from every rank's pieces; inside `shard_map`."""
 
     def whole(path, leaf):
-        axis = split_axis(path)
-        if axis is None:
-            return leaf
-        name = next(entry.key for entry in path if entry.key in SPLIT_AXIS)
-        leaf = lax.all_gather(leaf, axis_name, axis=leaf.ndim + axis, tiled=True)
-        return lax.slice_in_dim(leaf, 0, sizes[name], axis=leaf.ndim + axis)
+        axis = leaf.ndim + hidden_axis(path)
+        leaf = lax.all_gather(leaf, axis_name, axis=axis, tiled=True)
+        return lax.slice_in_dim(leaf, 0, config.hidden_size, axis=axis)
 
     return jax.tree.map_with_path(whole, shards)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
 from ringjax import Ring, shard_sequence
-from ringjax.inference import Engine, Generation, Sampler
+from ringjax.inference import Engine, Generation, Sampler, weights
+from ringjax.inference.programs import Programs
 from ringjax.models import Decoder, DecoderConfig
 
 MakeMesh = Callable[..., Mesh]
@@ -163,7 +165,7 @@ def test_half_precision_runs_and_is_near(dtype: str, mesh: MakeMesh, expected: A
     assert {x.dtype for x in jax.tree.leaves(engine.weights)} == {jnp.dtype(dtype)}
     generation, logits = run(engine, max_tokens=3)
     assert generation.cache is not None
-    assert generation.cache.keys.dtype == jnp.dtype(dtype)
+    assert {x.dtype for x in generation.cache.keys + generation.cache.values} == {jnp.dtype(dtype)}
     row = expected[CONFIG][1][0]
     error = np.linalg.norm(logits[0] - row) / np.linalg.norm(row)
     # Some ten roundings' worth: weights this large multiply them on the way through the layers.
@@ -182,12 +184,13 @@ def test_cache_shard_is_its_share(ring_size: int, layout: str, mesh: MakeMesh) -
     assert generation.slots_per_device == slots
     cache = generation.cache
     assert cache is not None
-    for whole in (cache.keys, cache.values):
+    assert len(cache.keys) == len(cache.values) == CONFIG.num_layers
+    for whole in (*cache.keys, *cache.values):
         shards = whole.addressable_shards
         assert len({shard.device for shard in shards}) == ring_size
-        assert {shard.data.shape for shard in shards} == {(3, 1, 2, slots, 8)}
+        assert {shard.data.shape for shard in shards} == {(2, slots, 8)}
         assert {shard.data.nbytes for shard in shards} == {whole.nbytes // ring_size}
-    bytes_per_device = sum(x.addressable_shards[0].data.nbytes for x in (cache.keys, cache.values))
+    bytes_per_device = sum(x.addressable_shards[0].data.nbytes for x in (*cache.keys, *cache.values))
     assert generation.cache_bytes_per_device == bytes_per_device
     held = np.asarray(cache.positions)
     assert sorted(held[held >= 0].tolist()) == list(range(len(PROMPT) + NEW - 1))
@@ -204,7 +207,7 @@ def test_new_tokens_are_spread_evenly(mesh: MakeMesh) -> None:
 
 @pytest.mark.parametrize("ring_size", [3, 8])
 def test_weights_are_held_once(ring_size: int, mesh: MakeMesh) -> None:
-    parameters = parameters_of(CONFIG)
+    parameters = weights.by_layer(parameters_of(CONFIG))
     told = []
     engine = make_engine(mesh(ring_size), progress=lambda *x: told.append(x))
     total = 0
@@ -212,31 +215,38 @@ def test_weights_are_held_once(ring_size: int, mesh: MakeMesh) -> None:
         name = jax.tree_util.keystr(path)
         held = sum(shard.data.nbytes for shard in leaf.addressable_shards)
         whole = math.prod(_at(parameters, path).shape) * 4
-        if "norm" in name:
-            assert held == ring_size * whole, name
-            continue
         # Padding to a multiple of the ring adds less than one row or column per rank.
         assert whole <= held < whole * (1 + ring_size / 16), name
         assert len({str(s.index) for s in leaf.addressable_shards}) == ring_size, name
         total += whole
     assert told[-1] == (told[-1][1],) * 2
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1][1] == sum(x.nbytes for x in jax.tree.leaves(parameters)) > total
+    assert told[-1][1] == sum(x.nbytes for x in jax.tree.leaves(parameters)) == total
 
 
 def _at(tree: Any, path: Any) -> Any:
     for entry in path:
-        tree = tree[entry.key]
+        tree = tree[getattr(entry, "key", getattr(entry, "idx", None))]
     return tree
 
 
 @pytest.fixture(scope="module", params=["contiguous", "zigzag"])
-def programs(request: pytest.FixtureRequest, mesh: MakeMesh) -> dict[str, set[Any]]:
-    """Texts of prefill and decode for 5 ranks of 134 = 2 * 67 tokens; nothing else has a 67."""
+def compiled(request: pytest.FixtureRequest, mesh: MakeMesh) -> Programs:
+    """Prefill and decode for 5 ranks of 134 = 2 * 67 tokens; nothing else has a 67."""
     engine = make_engine(mesh(5), request.param)
     # 5 * 67 tokens more: decode's cache has 201 = 3 * 67 slots on each rank.
-    compiled, _ = engine._compile(5 * 134 - 1, 5 * 67 + 1, Sampler())
-    return {name: getattr(compiled, name).as_text() for name in ("prefill", "decode")}
+    return engine._compile(5 * 134 - 1, 5 * 67 + 1, Sampler())[0]
+
+
+@pytest.fixture(scope="module")
+def programs(compiled: Programs) -> dict[str, str]:
+    """Their texts; all layers of decode are one group."""
+    assert compiled.group == CONFIG.num_layers
+    parts = {
+        "prefill": (compiled.embed, compiled.prefill_layer, compiled.prefill_end),
+        "decode": (compiled.decode_start, compiled.decode_layers, compiled.decode_end),
+    }
+    return {name: "\n".join(part.as_text() for part in found) for name, found in parts.items()}
 
 
 def spans(dims: tuple[int, ...], length: int, rest: int) -> bool:
@@ -280,6 +290,33 @@ def test_prefill_rotates_and_decode_never_does(programs: dict[str, str]) -> None
     ops = {name: {x.op for x in helpers.hlo_collectives(text)} for name, text in programs.items()}
     assert "collective-permute" in ops["prefill"]
     assert "collective-permute" not in ops["decode"]
+
+
+def test_decode_takes_three_collectives_a_layer_and_one_at_the_end(programs: dict[str, str]) -> None:
+    counts: Counter[str] = Counter()
+    for collective in helpers.hlo_collectives(programs["decode"]):
+        counts[collective.op] += collective.count
+    assert counts == {"all-reduce": 2 * CONFIG.num_layers + 1, "all-gather": CONFIG.num_layers}
+
+
+def test_decode_writes_its_cache_in_place(compiled: Programs) -> None:
+    """Its memory beside what it is given is less than the keys of one layer."""
+    memory = compiled.decode_layers.memory_analysis()
+    keys_bytes = 201 * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    assert memory.alias_size_in_bytes >= 2 * CONFIG.num_layers * keys_bytes
+    assert memory.temp_size_in_bytes < keys_bytes
+
+
+@pytest.mark.parametrize("num_layers", [1, 11, 12])
+def test_layers_are_compiled_in_groups(num_layers: int, mesh: MakeMesh, naive: Any) -> None:
+    """Of any size that divides their number."""
+    config = DecoderConfig(**{**CONFIG.__dict__, "num_layers": num_layers})
+    engine = make_engine(mesh(3), config=config)
+    generation, logits = run(engine, max_tokens=3)
+    assert generation._programs.group == {1: 1, 11: 1, 12: 6}[num_layers]
+    ids, rows = naive(config, PROMPT, 3)
+    assert generation.token_ids == ids
+    assert np.abs(logits - rows).max() < 1e-3
 
 
 def test_decode_moves_little(programs: dict[str, str]) -> None:
