@@ -1,42 +1,41 @@
-"""One contender of `ringjax bench generation`: measures once for each line on standard input."""
+"""The contenders of `ringjax bench generation`, each in a process of its own."""
 
-import json
 import pathlib
 import random
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-__all__: list[str] = []
+__all__ = ["make_contender"]
 
 Measure = Callable[[list[int]], tuple[float, float]]
 
 
-def main() -> None:
-    """Answers each line with one JSON line: seconds of prefill and tokens per second."""
-    settings = json.loads(sys.argv[1])
-    measure, version = {"ringjax": _ringjax, "transformers": _transformers}[settings["contender"]](settings)
+def make_contender(name: str, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """What answers with one measurement: seconds of prefill and tokens per second."""
+    measure, version = {"ringjax": _ringjax, "transformers": _transformers}[name](settings)
     rng = random.Random(0)
-    for _ in sys.stdin:
+
+    def answer() -> dict[str, Any]:
         prompt = [rng.randrange(100, 40_000) for _ in range(settings["tokens"])]
         prefill_seconds, tokens_per_second = measure(prompt)
-        answer = {
+        return {
             "prefill_seconds": prefill_seconds,
             "tokens_per_second": tokens_per_second,
             "version": version,
         }
-        print(json.dumps(answer), flush=True)
+
+    return answer
 
 
 def _ringjax(settings: dict[str, Any]) -> tuple[Measure, str]:
     import jax
 
-    from .. import __version__
-    from ..inference import Engine
-    from ..models.checkpoints import open_checkpoint
-    from ..ring import Ring
-    from .devices import make_ring_mesh
+    from ... import __version__
+    from ...inference import Engine
+    from ...models.checkpoints import open_checkpoint
+    from ...ring import Ring
+    from ..devices import make_ring_mesh
 
     ring = Ring(layout=settings["layout"])
     mesh = make_ring_mesh(settings["devices"], ring)
@@ -75,7 +74,3 @@ def _transformers(settings: dict[str, Any]) -> tuple[Measure, str]:
         return read - start, (settings["new_tokens"] - 1) / (time.perf_counter() - read)
 
     return measure, f"transformers {transformers.__version__}, torch {torch.__version__}"
-
-
-if __name__ == "__main__":
-    main()

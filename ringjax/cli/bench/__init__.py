@@ -1,0 +1,3 @@
+"""`ringjax bench`: measurements beside peers, in one run."""
+
+from .command import Bench as Bench

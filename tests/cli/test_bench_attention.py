@@ -1,0 +1,168 @@
+"""`ringjax bench attention`: what it refuses, what it says, and that all contenders compute the same."""
+
+import dataclasses
+import importlib.util
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import assert_close, causal_mask, oracle, oracle_grads, window_mask
+
+from ringjax.cli import main
+from ringjax.cli.bench import attention
+from ringjax.cli.bench.attention_contenders import CONTENDERS, _chunks
+from ringjax.cli.bench.problem import Problem
+
+SMALL = ["--tokens", "256", "--heads", "2", "--head-dim", "16", "--repeats", "1"]
+PROBLEM = Problem(
+    tokens=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    devices=8,
+    layout="zigzag",
+    window=None,
+    dtype="float32",
+)
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    main(["bench", "attention", *SMALL, *options, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "0"], "--tokens 0: give at least 1"),
+        (["--window", "0"], "--window 0: give at least 1"),
+        (["--repeats", "0"], "--repeats 0: give at least 1"),
+        (["--verify", "-1"], "--verify -1: give at least 0"),
+        (["--devices", "999"], "--devices 999: give at most 256"),
+        (["--kv-heads", "3"], "--heads 4 does not divide by --kv-heads 3"),
+        (["--tokens", "1000"], "does not divide over 8 devices in zigzag layout: give a multiple of 16"),
+        (["--tokens", "1000", "--layout", "contiguous", "--devices", "3"], "multiple of 3, such as 1002"),
+        (["--tokens", "64", "--heads", "1", "--verify", "65"], "64 tokens of 1 heads have 64 rows"),
+        (["--peers", "auto", "torch"], "--peers auto torch: auto goes alone"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(capsys, options, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "attention", *options])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_measures_names_what_is_missing_and_verifies(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    report = run(capsys, "--peers", "jax", "ringattention", "torch", "--verify", "16")
+    assert set(report["measured"]) == {"ringjax", "jax"}
+    for kind in ("forward", "forward_backward"):
+        ours, theirs = (report["measured"][name][kind] for name in ("ringjax", "jax"))
+        assert ours["share_of_bound"] == pytest.approx(report["bound"][kind] / ours["seconds"])
+        assert theirs["ringjax_speedup"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+    assert report["bound"]["forward_backward"] == pytest.approx(3.5 * report["bound"]["forward"])
+    assert report["left_out"] == {
+        "ringattention": "ringattention, einops not installed (pip install 'ringjax[peers]')",
+        "torch": "torch not installed (pip install 'ringjax[peers]')",
+    }
+    assert report["verification"]["rows"] == 16
+    assert 0 < report["verification"]["worst_error"] < 1e-5
+    assert report["verification"]["passed"]
+
+
+def test_too_large_an_error_is_told_and_exits_with_1(capsys, monkeypatch):
+    monkeypatch.setitem(attention.LIMITS, "float32", 1e-12)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "attention", *SMALL, "--passes", "forward", "--peers", "none", "--verify", "8"])
+    assert ended.value.code == 1
+    assert "ABOVE 1e-12" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_contender_that_fails_says_why(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "attention", *SMALL, "--peers", "none"])
+    assert ended.value.code == 2
+    assert "the ringjax process ended before it answered" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what it decides
+
+
+def test_peers_that_cannot_run_are_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    million = dataclasses.replace(PROBLEM, tokens=2**20, heads=1, kv_heads=1, window=4096)
+    peers, left_out = attention._choose_peers(attention.PEERS, million, ["forward"])
+    assert peers == []
+    assert "its T × S matrices need 8,796 GB" in left_out["jax"]
+    assert left_out["jax"] == left_out["gspmd"]
+    assert left_out["torch"] == left_out["ringattention"] == "it has no sliding window"
+    peers, left_out = attention._choose_peers(attention.PEERS, PROBLEM, ["forward_backward"])
+    assert peers == list(attention.PEERS)
+    assert left_out == {}
+
+
+@pytest.mark.parametrize("shard_length", [1024, 1000, 32, 1009])
+def test_chunks_to_try_divide_the_shard(shard_length):
+    chunks = _chunks(shard_length)
+    assert chunks
+    assert all(shard_length % size == 0 for pair in chunks for size in pair)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 100])
+def test_operations_are_counted_over_attended_pairs(window):
+    problem = dataclasses.replace(PROBLEM, tokens=64, window=window)
+    mask = causal_mask(64, 64) & window_mask(64, 64, None if window is None else window - 1, 0)
+    assert problem.num_pairs == mask.sum()
+    assert problem.flop("forward") == 4 * 16 * 4 * mask.sum()
+
+
+# ---------------------------------------------------------------- the same attention
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_exact_rows_are_those_of_the_oracle(monkeypatch, window):
+    monkeypatch.setattr("ringjax.cli.bench.problem.ROWS_AT_ONCE", 32)
+    problem = dataclasses.replace(PROBLEM, window=window)
+    q, k, v, _ = problem.arrays()
+    left = None if window is None else window - 1
+    expected, _ = oracle(q, k, v, mask=window_mask(256, 256, left, 0))
+    rows = problem.random_rows(64)
+    actual = problem.exact_rows(q, k, v, rows)
+    assert_close(actual, np.stack([expected[0, i, n] for i, n in rows]), "float64")
+
+
+def _assert_computes_the_problem(name: str, problem: Problem) -> None:
+    arrays = problem.arrays()
+    contender = CONTENDERS[name](problem, *arrays)
+    left = None if problem.window is None else problem.window - 1
+    mask = window_mask(problem.tokens, problem.tokens, left, 0)
+    expected = [oracle(*arrays[:3], mask=mask)[0], *oracle_grads(*arrays, mask=mask)]
+    for program in contender.programs("forward").values():
+        assert_close(contender.natural(program()), expected[0], problem.dtype)
+    for program in contender.programs("forward_backward").values():
+        actual = [contender.natural(x) for x in program()]
+        assert_close(actual[0], expected[0], problem.dtype)
+        for ours, theirs, what in zip(actual[1:], expected[1:], ("dq", "dk", "dv"), strict=True):
+            assert_close(ours, theirs, problem.dtype, "grad", name=what)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("name", ["ringjax", "jax", "gspmd"])
+def test_every_contender_computes_the_same(name, window):
+    _assert_computes_the_problem(name, dataclasses.replace(PROBLEM, window=window))
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("default")  # theirs
+@pytest.mark.parametrize("name", ["ringattention", "torch"])
+def test_every_peer_computes_the_same(name):
+    # Shards of 256 tokens, so that several chunk sizes divide them.
+    _assert_computes_the_problem(name, dataclasses.replace(PROBLEM, tokens=2048))
