@@ -1,4 +1,10 @@
-"""Exact attention over sequences that no single device can hold, round a ring of devices."""
+"""Exact attention over sequences that no single device can hold, round a ring of devices.
+
+`ringjax.nn`, `ringjax.models` and `ringjax.inference` are imported when first asked for, and Flax with them.
+"""
+
+import importlib
+from types import ModuleType
 
 from .attention import ring_attention as ring_attention, ring_attention_local as ring_attention_local
 from .biases import BiasFn as BiasFn, alibi as alibi
@@ -17,5 +23,14 @@ from .ring import (
     shard_sequence as shard_sequence,
     unshard_sequence as unshard_sequence,
 )
+
+_ROOMS = ("inference", "models", "nn")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"

@@ -2,32 +2,35 @@
 
 import dataclasses
 import functools as ft
-import math
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import layouts
+from .arguments import (
+    SIDES,
+    Implementation,
+    MaskLike,
+    PerSide,
+    check_arrays,
+    check_implementation,
+    check_length,
+    check_split,
+    padded_length_of,
+    rule_and_operands,
+    tokens_of_both,
+)
 from .biases import BiasFn
-from .dropout import seed_of
-from .kernels import BlockSizes, Operands, Rule
-from .masks import Causal, Full, Mask, SlidingWindow, Tokens
+from .kernels import BlockSizes, Operands
 from .ring import Ring, reshard, resolve_mesh
 from .schedule import Schedule, make_schedule
 from .strategies import Problem, attend, get_strategy
 
 __all__ = ["ring_attention", "ring_attention_local"]
-
-PerSide = ArrayLike | tuple[ArrayLike | None, ArrayLike | None]
-MaskLike = Mask | ArrayLike | tuple[Mask, ArrayLike | None]
-Implementation = Literal["xla", "cudnn"]
-SIDES = ("query", "key")
 
 
 @overload
@@ -143,31 +146,32 @@ def ring_attention(
         Liu, Zaharia and Abbeel, "Ring Attention with Blockwise Transformers", arXiv:2310.01889.
         Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453.
     """
-    _check_implementation(implementation)
+    check_implementation(implementation)
     arrays = [jnp.asarray(x) for x in (query, key, value)]
     batched = arrays[0].ndim == 4
     q, k, v = arrays if batched else (x[None] for x in arrays)
-    _check_arrays(q, k, v)
+    check_arrays(q, k, v)
     mesh = resolve_mesh(mesh)
     ring_size = ring.size(mesh)
-    _check_split(q, k, mesh, ring)
+    check_split(q, k, mesh, ring)
     lengths = (q.shape[1], k.shape[1])
-    padded = tuple(map(ft.partial(_padded_length, ring=ring, ring_size=ring_size), lengths, SIDES))
-    tokens = _tokens(
+    padded = tuple(map(ft.partial(padded_length_of, ring=ring, ring_size=ring_size), lengths, SIDES))
+    tokens = tokens_of_both(
         q.shape[0],
         [jnp.asarray(ring.positions(length, ring_size)[:length])[None] for length in lengths],
         segment_ids,
         positions,
         (query_seq_lengths, key_value_seq_lengths),
     )
-    rule, operands = _rule_and_operands(
+    rule, operands = rule_and_operands(
         q.shape, k.shape[1], bias, mask, scale=scale, is_causal=is_causal,
         local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
     )  # fmt: skip
     problem = _problem(rule, operands, tokens, positions is None, padded, lengths, ring, ring_size)
     tensors = _Tensors(q, k, v, tokens[0], tokens[1], operands)
-    tensors = _padded(tensors, (padded[0] - lengths[0], padded[1] - lengths[1]))
+    missing = (padded[0] - lengths[0], padded[1] - lengths[1])
+    tensors = _padded(tensors, missing, _specs(tensors, ring), mesh)
     tensors = jax.tree.map(lambda x, spec: reshard(x, mesh, spec), tensors, _specs(tensors, ring))
     out, lse = _attend(tensors, problem=problem, mesh=mesh, ring=ring)
     if padded[0] != lengths[0]:
@@ -190,27 +194,36 @@ class _Tensors(NamedTuple):
     operands: Any
 
 
-def _padded(tensors: _Tensors, missing: tuple[int, int]) -> _Tensors:
+def _padded(
+    tensors: _Tensors, missing: tuple[int, int], specs: _Tensors, mesh: Mesh | AbstractMesh
+) -> _Tensors:
     """With the sequences of queries and keys longer by `missing`, marked as padding by their positions."""
 
-    def pad(x, *more, fill=0):
+    def pad(x, spec, *more, fill=0):
         widths = [(0, 0)] * x.ndim
         for axis, count in more:
             # Of a bias or mask, an axis of 1 is broadcast.
             widths[axis] = (0, count if x.shape[axis] > 1 or x.ndim < 4 or axis == 1 else 0)
-        return jnp.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
+        if not any(map(any, widths)):
+            return x
+        # JAX shards evenly only, so in the gradient too the axis is whole before the padding is cut off.
+        whole = (None if any(width) else name for name, width in zip(spec, widths, strict=True))
+        return jnp.pad(reshard(x, mesh, P(*whole)), widths, constant_values=fill)
+
+    def pad_logits(x, spec):
+        return pad(x, spec, (2, on_q), (3, on_kv))
 
     q, k, v, q_tokens, kv_tokens, operands = tensors
     on_q, on_kv = missing
     return _Tensors(
-        pad(q, (1, on_q)),
-        pad(k, (1, on_kv)),
-        pad(v, (1, on_kv)),
-        jax.tree.map(lambda x: pad(x, (1, on_q), fill=-1), q_tokens),
-        jax.tree.map(lambda x: pad(x, (1, on_kv), fill=-1), kv_tokens),
+        pad(q, specs.q, (1, on_q)),
+        pad(k, specs.k, (1, on_kv)),
+        pad(v, specs.v, (1, on_kv)),
+        jax.tree.map(lambda x, spec: pad(x, spec, (1, on_q), fill=-1), q_tokens, specs.q_tokens),
+        jax.tree.map(lambda x, spec: pad(x, spec, (1, on_kv), fill=-1), kv_tokens, specs.kv_tokens),
         operands._replace(
-            bias=None if operands.bias is None else pad(operands.bias, (2, on_q), (3, on_kv)),
-            mask=None if operands.mask is None else pad(operands.mask, (2, on_q), (3, on_kv)),
+            bias=jax.tree.map(pad_logits, operands.bias, specs.operands.bias),
+            mask=jax.tree.map(pad_logits, operands.mask, specs.operands.mask),
         ),
     )
 
@@ -332,14 +345,14 @@ def ring_attention_local(
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: when differentiated twice.
     """
-    _check_arrays(query, key, value)
+    check_arrays(query, key, value)
     ring_size = dataclasses.replace(ring, batch_axes=(), head_axes=()).size(resolve_mesh(None))
     shards = (query.shape[1], key.shape[1])
     lengths = (shards[0] * ring_size, shards[1] * ring_size)
     for length, side in zip(lengths, SIDES, strict=True):
-        _check_length(length, side, ring, ring_size)
+        check_length(length, side, ring, ring_size)
     rank = jax.lax.axis_index(ring.axis_name)
-    tokens = _tokens(
+    tokens = tokens_of_both(
         query.shape[0],
         [
             layouts.local_positions(ring.layout, rank, ring_size, shard, length)[None]
@@ -349,7 +362,7 @@ def ring_attention_local(
         positions,
         (None, None),
     )
-    rule, operands = _rule_and_operands(
+    rule, operands = rule_and_operands(
         query.shape, lengths[1], bias, mask, scale=scale, is_causal=is_causal,
         local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
@@ -386,270 +399,3 @@ def _problem(rule, operands, tokens, own_positions, padded, lengths, ring, ring_
         batch_axes=ring.batch_axes,
         head_axes=ring.head_axes,
     )
-
-
-def _rule_and_operands(
-    q_shape: tuple[int, ...],
-    num_keys: int,
-    bias: BiasFn | ArrayLike | None,
-    mask: MaskLike | None,
-    *,
-    scale: float | None,
-    is_causal: bool,
-    local_window_size: int | tuple[int, int] | None,
-    logits_soft_cap: float | None,
-    sinks: ArrayLike | None,
-    dropout_rate: float,
-    dropout_rng: ArrayLike | None,
-    broadcast_dropout: bool,
-) -> tuple[Rule, Operands]:
-    """The arguments that say how logits become weights."""
-    batch, num_q, num_heads, head_size = q_shape
-    _refuse_mask_as_bias(bias)
-    logits = (batch, num_heads, num_q, num_keys)
-    spec, mask_array = _split_mask(mask, logits)
-    if is_causal:
-        spec &= Causal()
-    if local_window_size is not None:
-        spec &= _window(local_window_size)
-    bias_fn = bias_array = parameters = None
-    if isinstance(bias, BiasFn):
-        bias_fn, parameters = bias.fn, jax.tree.map(_bias_parameter, bias.parameters)
-    elif bias is not None:
-        bias_array = _logits_array("bias", bias, logits)
-    if sinks is not None:
-        sinks = _sinks_array(sinks, num_heads)
-    rate = _python_number("dropout_rate", dropout_rate)
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate is {rate}; it must be at least 0 and below 1.")
-    if rate and dropout_rng is None:
-        raise ValueError(f"dropout_rate is {rate}, but there is no dropout_rng; pass jax.random.key(...).")
-    cap = logits_soft_cap
-    if cap is not None and not (cap := _python_number("logits_soft_cap", cap)) > 0:
-        raise ValueError(f"logits_soft_cap is {cap}; it must be above 0, or None for no cap.")
-    rule = Rule(
-        mask=spec,
-        scale=head_size**-0.5 if scale is None else _python_number("scale", scale),
-        soft_cap=cap,
-        bias_fn=bias_fn,
-        dropout_rate=rate,
-        broadcast_dropout=broadcast_dropout,
-    )
-    seed = seed_of(jnp.asarray(dropout_rng)) if rate else None
-    return rule, Operands(bias_array, mask_array, parameters, sinks, seed)
-
-
-def _python_number(name: str, value: float) -> float:
-    if isinstance(value, Tracer):
-        hint = (
-            " Multiply the query by a scale that is computed, and pass scale=1.0." if name == "scale" else ""
-        )
-        raise ValueError(
-            f"{name} is {value}, which is traced: it must be a Python number, for it is part of the compiled "
-            f"program.{hint}"
-        )
-    return float(value)
-
-
-def _split_mask(mask: MaskLike | None, logits: tuple[int, ...]) -> tuple[Mask, jax.Array | None]:
-    """The mask spec, and the array if there is one."""
-    match mask:
-        case None:
-            return Full(), None
-        case Mask():
-            return mask, None
-        case type() if issubclass(mask, Mask):
-            raise ValueError(
-                f"ring_attention(mask={mask.__name__}): this is a class; a mask spec is a value such as "
-                f"ringjax.Causal(), with parentheses."
-            )
-        case (Mask() as spec, array):
-            return spec, None if array is None else _logits_array("mask", array, logits)
-        case jax.Array() | np.ndarray():
-            return Full(), _logits_array("mask", mask, logits)
-        case _:
-            raise ValueError(
-                f"ring_attention(mask={mask!r}): pass a mask spec such as ringjax.Causal(), a boolean array, "
-                f"or a pair of both."
-            )
-
-
-def _window(size: int | tuple[int, int]) -> Mask:
-    sides = size if isinstance(size, tuple) else (size, size)
-    if len(sides) != 2:
-        raise ValueError(f"local_window_size={size!r} must be one number or a pair (left, right).")
-    return SlidingWindow(*sides)
-
-
-def _logits_array(name: str, value: ArrayLike, logits: tuple[int, ...]) -> jax.Array:
-    """A bias or mask as `B N T S`, any axis of which may be 1."""
-    array = jnp.asarray(value)
-    given = array.shape
-    if array.ndim < 4:
-        array = array.reshape((1,) * (4 - array.ndim) + array.shape)
-    if array.ndim > 4 or any(size not in (1, whole) for size, whole in zip(array.shape, logits, strict=True)):
-        raise ValueError(
-            f"{name} has shape {given}; it must broadcast to B N T S = {logits}"
-            f"{', in layout order on both sequence axes, padding included' if name == 'mask' else ''}."
-        )
-    if name == "mask" and array.dtype != jnp.bool_:
-        raise ValueError(
-            f"mask has dtype {array.dtype}; it must be boolean, True where the query attends to the key. An "
-            f"additive mask goes into bias."
-        )
-    if name == "bias" and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(
-            f"bias has dtype {array.dtype}; it must be floating. A boolean array goes into mask."
-        )
-    return array
-
-
-def _bias_parameter(value: ArrayLike) -> jax.Array:
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(
-            f"BiasFn has a parameter of dtype {array.dtype}; parameters must be floating. What is constant "
-            f"belongs into the function."
-        )
-    return array
-
-
-def _sinks_array(value: ArrayLike, num_heads: int) -> jax.Array:
-    array = jnp.asarray(value)
-    if array.shape != (num_heads,) or not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(
-            f"sinks are {array.dtype} of shape {array.shape}; they must be floating, one for each of the "
-            f"{num_heads} query heads."
-        )
-    return array
-
-
-def _tokens(batch, own_positions, segment_ids, positions, seq_lengths):
-    """Both sides' tokens where the caller gave any, or (None, None) for the layout's own positions."""
-    segments, given = _pair("segment_ids", segment_ids), _pair("positions", positions)
-    if (segments[0] is None) != (segments[1] is None):
-        raise ValueError(
-            "segment_ids were given for one side only; pass one array for both sides, or a pair "
-            "(query's, key's)."
-        )
-    if all(x is None for x in (*segments, *given, *seq_lengths)):
-        return None, None
-    sides = []
-    for side, own, segment, position, seq_length in zip(
-        SIDES, own_positions, segments, given, seq_lengths, strict=True
-    ):
-        length = own.shape[1]
-        position = own if position is None else _token_array(f"{side} positions", position, batch, length)
-        if seq_length is not None:
-            seq_length = _length_array(f"{side} lengths", seq_length, batch)
-            position = jnp.where(own < seq_length[:, None], position, jnp.int32(-1))
-        if segment is not None:
-            segment = _token_array(f"{side} segment_ids", segment, batch, length)
-        sides.append(Tokens(position, segment))
-    return tuple(sides)
-
-
-def _pair(name: str, value: PerSide | None) -> tuple:
-    if isinstance(value, tuple):
-        if len(value) != 2:
-            raise ValueError(f"{name} is a tuple of {len(value)}; it must be (query's, key's).")
-        return value
-    return value, value
-
-
-def _token_array(name: str, value: ArrayLike, batch: int, length: int) -> jax.Array:
-    """As int32 `B T`, or `1 T` where all rows of the batch share it."""
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} have dtype {array.dtype}; they must be integers.")
-    if array.shape not in ((length,), (1, length), (batch, length)):
-        raise ValueError(f"{name} have shape {array.shape}; they must be ({batch}, {length}) or ({length},).")
-    if isinstance(value, np.ndarray) and (value != value.astype(np.int32)).any():
-        raise ValueError(
-            f"{name} reach from {value.min()} to {value.max()}; they must fit into int32. Number documents "
-            f"anew with np.unique(..., return_inverse=True)."
-        )
-    return array.reshape(-1, length).astype(jnp.int32)
-
-
-def _length_array(name: str, value: ArrayLike, batch: int) -> jax.Array:
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} have dtype {array.dtype}; they must be integers.")
-    if array.shape != (batch,):
-        raise ValueError(f"{name} have shape {array.shape}; they must be ({batch},).")
-    return array.astype(jnp.int32)
-
-
-def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    shapes = f"query {q.shape}, key {k.shape}, value {v.shape}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"{shapes}: they must be B T N H, B S K H and B S K Hv (or all without the B).")
-    if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3]):
-        raise ValueError(f"{shapes}: batch sizes must agree, and lengths and heads of key and value.")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"{shapes}: query and key must have the same head size.")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"{shapes}: the {k.shape[2]} key heads must divide the {q.shape[2]} query heads.")
-    if 0 in q.shape + k.shape + v.shape:
-        raise ValueError(f"{shapes}: every axis must have at least one element.")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"query is {q.dtype}, key {k.dtype}, value {v.dtype}: they must agree. Cast them alike first."
-        )
-    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
-        raise ValueError(
-            f"query, key and value are {q.dtype}: they must be float32, bfloat16, float16 or float64."
-        )
-
-
-def _check_length(length: int, side: str, ring: Ring, ring_size: int) -> None:
-    if remainder := length % (multiple := ring.multiple(ring_size)):
-        raise ValueError(
-            f"{side} length {length} does not divide over mesh axis {ring.axis_name!r} of size {ring_size} "
-            f"(remainder {remainder}): {ring.layout} layout needs a multiple of {multiple}. Pad to "
-            f"{ring.padded_length(length, ring_size)} with shard_sequence(), which puts the tokens into "
-            f"layout order too."
-        )
-
-
-def _padded_length(length: int, side: str, *, ring: Ring, ring_size: int) -> int:
-    """Natural order can be padded here; any other order was made by the caller, padding included."""
-    if ring.layout != "contiguous":
-        _check_length(length, side, ring, ring_size)
-    return ring.padded_length(length, ring_size)
-
-
-def _check_split(q: jax.Array, k: jax.Array, mesh: Mesh | AbstractMesh, ring: Ring) -> None:
-    for what, count, axes in (
-        ("batch size", q.shape[0], ring.batch_axes),
-        ("number of query heads", q.shape[2], ring.head_axes),
-        ("number of key heads", k.shape[2], ring.head_axes),
-    ):
-        size = math.prod(mesh.shape[name] for name in axes)
-        if count % size:
-            raise ValueError(f"{what} {count} does not divide over mesh axes {axes} of size {size}.")
-
-
-def _check_implementation(implementation: Implementation | None) -> None:
-    match implementation:
-        case None | "xla":
-            return
-        case "cudnn":
-            raise NotImplementedError(
-                "ring_attention(implementation='cudnn') is not supported. Leave it out; Ring(kernel=...) "
-                "chooses what computes on each device."
-            )
-        case _:
-            raise ValueError(
-                f"ring_attention(implementation={implementation!r}) is not known; choose one of None, 'xla'."
-            )
-
-
-def _refuse_mask_as_bias(bias: object) -> None:
-    spec = bias if isinstance(bias, type) else type(bias)
-    if issubclass(spec, Mask):
-        raise ValueError(
-            f"ring_attention: the mask spec {spec.__name__} came as the bias, which is the fourth argument. "
-            f"Pass it as mask={spec.__name__}(...)."
-        )

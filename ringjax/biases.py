@@ -18,8 +18,9 @@ class BiasFn:
     """A bias `fn(parameters, head, q_position, kv_position)`, computed block by block where it is needed.
 
     The three indices are int32 arrays that broadcast against each other, `head` the query head in the whole
-    model; the result is a float array that broadcasts to their common shape. Positions are -1 in padding,
-    whose logits are masked afterwards. Gradients reach `parameters`.
+    model; the result is a float array that broadcasts to their common shape. It is evaluated on whole
+    blocks, so also where the mask says no, and at position 0 for padding: what it says there is not heard,
+    but its gradient must be finite. Gradients reach `parameters`.
 
     Define `fn` once, at module level: it is part of the compiled program, which is made anew for every other
     function object.

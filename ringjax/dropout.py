@@ -52,7 +52,7 @@ def keep(seed: UInt32[Array, "3"], rate: float, place: Place) -> Bool[Array, "..
     shape = jnp.broadcast_shapes(row.shape, column.shape)
     row, column, second = (jnp.broadcast_to(x, shape) for x in (row, column, _mix(row ^ seed[2])))
     bits = _mix(_mix(row ^ column) + second)
-    return bits >= jnp.uint32(round(rate * 2**32))
+    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def _absorb(state: jax.Array, *words: jax.Array) -> jax.Array:

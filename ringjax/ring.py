@@ -114,13 +114,22 @@ class Ring:
         multiple = self.multiple(ring_size)
         return -(-length // multiple) * multiple
 
-    def positions(self, length: int, ring_size: int) -> np.ndarray:
-        """Global position of each place in layout order, int32; -1 in the padding at the end.
+    def positions(
+        self, length: int, ring_size: int | None = None, *, mesh: Mesh | AbstractMesh | None = None
+    ) -> np.ndarray:
+        """Global position of each place in layout order, int32; -1 in the padding.
+
+        For what goes token by token, such as position embeddings and losses. `ring_attention` knows these
+        positions itself: given none, it skips the hops that no rank needs, which positions that are data do
+        not allow.
 
         Args:
             length: number of real tokens.
-            ring_size: number of ranks.
+            ring_size: number of ranks; None means that of the mesh.
+            mesh: the mesh; None means the ambient one.
         """
+        if ring_size is None:
+            ring_size = self.size(resolve_mesh(mesh))
         padded = self.padded_length(length, ring_size)
         return layouts.positions(self.layout, length, padded, ring_size)
 

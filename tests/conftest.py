@@ -36,7 +36,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-PEERS = ("torch", "transformers")
+PEERS = ("ringattention", "torch", "transformers")
 WAITS_FOR_PEERS = "waits for the peers extra"
 LOOSE_ROOMS = {"nn", "models", "inference", "training", "cli"}
 
@@ -66,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in stats.get(outcome, [])
     )
     terminalreporter.write_line(
-        f"peers (transformers, torch): tests run {ran}, waiting for the peers extra {waited}"
+        f"peers ({', '.join(PEERS)}): tests run {ran}, waiting for the peers extra {waited}"
     )
     if others := len(skipped) - waited:
         terminalreporter.write_line(f"skipped for other reasons, named below: {others}")

@@ -32,11 +32,24 @@ def test_devices_can_be_chosen_after_import(flag: str) -> None:
     assert _python(program).strip() == "3"
 
 
+def test_rooms_are_there_without_an_import_of_their_own() -> None:
+    program = "import ringjax\nprint([getattr(ringjax, n).__name__ for n in ('nn', 'models', 'inference')])"
+    assert _python(program).strip() == "['ringjax.nn', 'ringjax.models', 'ringjax.inference']"
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    import ringjax
+
+    with pytest.raises(AttributeError, match="module 'ringjax' has no attribute 'training'"):
+        _ = ringjax.training
+
+
 def test_public_names_are_all_there() -> None:
     import ringjax
 
     for name in (
         *("ring_attention", "ring_attention_local", "reference_attention"),
-        *("Ring", "BlockSizes", "Causal", "Full", "shard_sequence", "unshard_sequence"),
+        *("Ring", "BlockSizes", "shard_sequence", "unshard_sequence", "BiasFn", "alibi"),
+        *("Causal", "ChunkedLocal", "Full", "MaskFn", "PrefixLM", "SlidingWindow"),
     ):
         assert getattr(ringjax, name).__doc__, name

@@ -8,7 +8,6 @@ import pytest
 
 import ringjax
 from ringjax import BiasFn, Causal, SlidingWindow, reference_attention
-from ringjax.masks import Tokens
 
 SOME_KEYS = (np.arange(14) % 3 > 0)[None, None, None]
 MASKS = {
@@ -27,7 +26,9 @@ def test_equals_the_oracle(rng, name) -> None:
     dout, dlse = rng.standard_normal((2, 19, 4, 5)), rng.standard_normal((2, 19, 4))
 
     def attend(q, k, v, bias):
-        return reference_attention(q, k, v, bias, logits_soft_cap=2.0, scale=0.7, **arguments)
+        return reference_attention(
+            q, k, v, bias, logits_soft_cap=2.0, scale=0.7, return_residual=True, **arguments
+        )
 
     (out, lse), pull = jax.vjp(attend, q, k, v, bias)
     # The last queries of the window see no key: an infinite lse has no gradient, whatever its cotangent.
@@ -47,22 +48,27 @@ def by_distance(table, head, i, j):
 def test_equals_the_ring_in_everything_at_once(rng, mesh) -> None:
     q, k, v = helpers.random_qkv(rng, T=24, K=2)
     table, sinks = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 8), (4,)))
-    segments = jnp.repeat(jnp.arange(3, dtype=jnp.int32), 8)
-    rest = {"is_causal": True, "sinks": sinks, "dropout_rate": 0.3, "dropout_rng": jax.random.key(5)}
-    ring = ringjax.ring_attention(
-        q, k, v, BiasFn(by_distance, table), segment_ids=segments, mesh=mesh(3), return_residual=True, **rest
-    )
-    tokens = Tokens(jnp.arange(24, dtype=jnp.int32)[None], segments[None])
-    dense = reference_attention(
-        q, k, v, BiasFn(by_distance, table), q_tokens=tokens, kv_tokens=tokens, **rest
-    )
+    arguments = {
+        "local_window_size": (9, 2),
+        "segment_ids": jnp.repeat(jnp.arange(3, dtype=jnp.int32), 8),
+        "positions": jnp.asarray(rng.permutation(24), jnp.int32),
+        "query_seq_lengths": jnp.array([24, 17], jnp.int32),
+        "sinks": sinks,
+        "dropout_rate": 0.3,
+        "dropout_rng": jax.random.key(5),
+        "broadcast_dropout": True,
+        "return_residual": True,
+    }
+    bias = BiasFn(by_distance, table)
+    ring = ringjax.ring_attention(q, k, v, bias, mesh=mesh(3), **arguments)
+    dense = reference_attention(q, k, v, bias, **arguments)
     for got, expected in zip(dense, ring, strict=True):
         helpers.assert_close(got, expected, "float32")
 
 
 def test_has_second_derivatives(rng) -> None:
     q, k, v = helpers.random_qkv(rng, B=1, T=4, N=1, H=2)
-    value = lambda q: reference_attention(q, k, v, is_causal=True)[0].sum()
+    value = lambda q: reference_attention(q, k, v, is_causal=True).sum()
     hessian = jax.hessian(value)(q)
     assert np.isfinite(hessian).all()
     assert np.abs(hessian).max() > 0

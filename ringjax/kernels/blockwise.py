@@ -104,36 +104,35 @@ def backward(
         gradients, dkv = state
         at = grid.row(index)
         q_rows, dout_rows = grid.rows(q, at) * tile.rule.scale, grid.rows(dout, at)
-        delta_rows, lse_rows = grid.rows(delta, at)[:, None], grid.rows(lse, at)[:, None]
+        delta_rows, lse_rows = grid.rows(delta, at)[None], grid.rows(lse, at)[None]
         # Nothing flows through a row that met no key: exp(logit - inf) is 0.
         lse_rows = jnp.where(lse_rows == -jnp.inf, -lse_rows, lse_rows)
         # A cotangent there may be NaN, as that of a norm is at zero; 0 * NaN would spread it.
-        dout_rows = jnp.where(lse_rows == jnp.inf, jnp.zeros_like(dout_rows), dout_rows)
+        dout_rows = jnp.where(lse_rows.T == jnp.inf, jnp.zeros_like(dout_rows), dout_rows)
 
         def fold(masked):
             def body(visit, state):
-                dq_rows, gradients, dkv = state
+                dq_columns, gradients, dkv = state
                 keys, values, kv_at = grid.kv_block(kv, at, visit)
-                logits = grid.logits(q_rows, keys, at, kv_at, masked)
+                # Keys by rows, and dq by its transpose: no product then has a large operand to transpose.
+                logits = grid.logits(keys, q_rows, at, kv_at, masked, keys_first=True)
                 weights = jnp.exp(logits.masked - lse_rows)
-                dweights = _matmul(dout_rows, values.T)
+                dweights = _matmul(values, dout_rows.T)
                 dropped = weights
                 if (factor := grid.dropout(at, kv_at)) is not None:
-                    dropped, dweights = weights * factor, dweights * factor
+                    dropped, dweights = weights * factor.T, dweights * factor.T
                 dlogits = weights * (dweights - delta_rows)
                 if logits.slope is not None:
                     dlogits *= logits.slope
                 gradients = grid.add_biases(gradients, dlogits, at, kv_at)
-                dkv_block = jnp.concatenate(
-                    [_matmul(dlogits.T, q_rows), _matmul(dropped.T, dout_rows)], axis=-1
-                )
-                dq_rows += _matmul(dlogits, keys)
-                return dq_rows, gradients, grid.add_kv_block(dkv, dkv_block, at, kv_at)
+                dkv_block = jnp.concatenate([_matmul(dlogits, q_rows), _matmul(dropped, dout_rows)], axis=-1)
+                dq_columns += _matmul(keys.T, dlogits)
+                return dq_columns, gradients, grid.add_kv_block(dkv, dkv_block, at, kv_at)
 
             return body
 
-        dq_rows, gradients, dkv = grid.visit_all(at, fold, (jnp.zeros_like(q_rows), gradients, dkv))
-        dq_rows = grid.rows(gradients.dq, at) + dq_rows * tile.rule.scale
+        dq_columns, gradients, dkv = grid.visit_all(at, fold, (jnp.zeros_like(q_rows.T), gradients, dkv))
+        dq_rows = grid.rows(gradients.dq, at) + dq_columns.T * tile.rule.scale
         return gradients._replace(dq=grid.put_rows(gradients.dq, dq_rows, at)), dkv
 
     dkv = jnp.zeros_like(kv, dtype=into.dq.dtype)
@@ -233,16 +232,22 @@ class _Grid:
     def _kv_index(self, at: _Row, kv_at: _KVBlock) -> tuple:
         return (at.batch, kv_at.start, at.head, jnp.zeros_like(at.head))
 
-    def logits(self, q_rows: jax.Array, keys: jax.Array, at: _Row, kv_at: _KVBlock, masked: bool) -> _Logits:
-        """Scale (already in `q_rows`), then bias, then soft cap, then mask."""
-        logits, slope = _matmul(q_rows, keys.T), None
+    def logits(
+        self, a: jax.Array, b: jax.Array, at: _Row, kv_at: _KVBlock, masked: bool, *, keys_first: bool = False
+    ) -> _Logits:
+        """Scale (already in the queries), then bias, then soft cap, then mask; `a` by `b`."""
+        logits, slope = _matmul(a, b.T), None
         for bias in self._biases(at, kv_at):
-            logits += bias
+            logits += bias.T if keys_first else bias
         if (cap := self.rule.soft_cap) is not None:
             bent = jnp.tanh(logits / cap)
             logits, slope = cap * bent, 1 - bent * bent
         if masked:
-            logits = jnp.where(self._allowed(at, kv_at), logits, -jnp.inf)
+            allowed = self._allowed(at, kv_at)
+            allowed = allowed.T if keys_first else allowed
+            logits = jnp.where(allowed, logits, -jnp.inf)
+            # A bias may be NaN where nothing attends, and 0 * NaN is not 0.
+            slope = None if slope is None else jnp.where(allowed, slope, 0)
         return _Logits(logits, slope)
 
     def _allowed(self, at: _Row, kv_at: _KVBlock) -> jax.Array:
@@ -264,12 +269,14 @@ class _Grid:
         """Of parameters in the accumulators' dtype, so that their gradient is too."""
         place = self._place(at, kv_at)
         assert self.rule.bias_fn is not None
-        bias = self.rule.bias_fn(parameters, place.head, place.q_position, place.kv_position)
+        # Padding, at -1, may be where the function has no finite value, and its gradient neither.
+        q_position, kv_position = (jnp.maximum(x, 0) for x in (place.q_position, place.kv_position))
+        bias = self.rule.bias_fn(parameters, place.head, q_position, kv_position)
         return jnp.broadcast_to(bias, (self.q_size, self.groups, self.kv_size)).astype(self.dtype)
 
     def add_biases(self, gradients: Gradients, dlogits: jax.Array, at: _Row, kv_at: _KVBlock) -> Gradients:
-        """Adds the gradient of the biases, which is that of the logits before the cap."""
-        by_group = dlogits.reshape(self.q_size, self.groups, self.kv_size)
+        """Adds the gradient of the biases, which is that of the logits (`keys rows`) before the cap."""
+        by_group = dlogits.T.reshape(self.q_size, self.groups, self.kv_size)
         if gradients.dbias is not None:
             dbias = add_block(
                 gradients.dbias, jnp.swapaxes(by_group, 0, 1), at.batch, at.head * self.groups, at.start,

@@ -6,14 +6,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from .. import cache as kv_cache
 from ..attention import ring_attention
+from ..biases import BiasFn
+from ..cache import KVCache
 from ..masks import Causal, Mask
-from ..ring import Ring, place, reshard, resolve_mesh
+from ..ring import Ring, resolve_mesh
+from .decoding import attend_and_append, empty_cache, refuse
 from .rotary import Rotary
 
 __all__ = ["RingAttention"]
@@ -43,13 +45,20 @@ class RingAttention(nnx.Module):
         head_size: None means D / N.
         rotary: rotary embedding; None for none.
         mask: a mask spec.
+        bias: a bias of the logits as a function of positions, such as `ringjax.alibi(num_heads)`; constant.
+            One whose parameters are learned is given in the call.
+        logits_soft_cap: as in `ring_attention`.
+        use_sinks: whether each head has a learned attention sink.
+        dropout_rate: of the attention weights.
+        broadcast_dropout: drop alike in every head and every row of the batch.
+        deterministic: whether not to drop; None leaves it to the call.
         ring: how the sequence is distributed.
         mesh: the mesh; None means the ambient one.
         use_bias: whether the projections have biases.
         dtype: of the computation; None means that of the input and the parameters.
         param_dtype: of the parameters.
         kernel_init: initialiser of the projections.
-        rngs: for the parameters.
+        rngs: for the parameters, and the stream `dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp, ringjax
@@ -69,6 +78,12 @@ class RingAttention(nnx.Module):
         head_size: int | None = None,
         rotary: Rotary | None = None,
         mask: Mask = Causal(),
+        bias: BiasFn | None = None,
+        logits_soft_cap: float | None = None,
+        use_sinks: bool = False,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = False,
+        deterministic: bool | None = None,
         ring: Ring = Ring(),
         mesh: Mesh | AbstractMesh | None = None,
         use_bias: bool = False,
@@ -84,6 +99,9 @@ class RingAttention(nnx.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_size = head_size or in_features // num_heads
         self.rotary, self.mask, self.ring, self.mesh = rotary, mask, ring, mesh
+        self.bias, self.logits_soft_cap = nnx.data(bias), logits_soft_cap
+        self.dropout_rate, self.broadcast_dropout = dropout_rate, broadcast_dropout
+        self.deterministic = deterministic
         if rotary is not None and len(rotary.frequencies) * 2 != self.head_size:
             raise ValueError(
                 f"rotary has {len(rotary.frequencies)} frequencies; head_size={self.head_size} needs "
@@ -100,6 +118,8 @@ class RingAttention(nnx.Module):
         self.k_proj = linear(in_features, self.num_kv_heads * self.head_size)
         self.v_proj = linear(in_features, self.num_kv_heads * self.head_size)
         self.o_proj = linear(self.num_heads * self.head_size, in_features)
+        self.sinks = nnx.data(nnx.Param(jnp.zeros(self.num_heads, param_dtype)) if use_sinks else None)
+        self.rngs: nnx.RngStream | None = nnx.data(rngs.dropout.fork() if dropout_rate > 0 else None)
         self.cache: _Cache | None = nnx.data(None)
         self.next_position: nnx.Cache[jax.Array] | None = nnx.data(None)
 
@@ -123,6 +143,10 @@ class RingAttention(nnx.Module):
         *,
         positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "#B T"] | None = None,
+        mask: Bool[Array, "#B #N #T #T"] | None = None,
+        bias: BiasFn | Float[Array, "#B #N #T #T"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | None = None,
         attend: Attend | None = None,
         decode: bool = False,
     ) -> Float[Array, "B T D"]:
@@ -133,11 +157,19 @@ class RingAttention(nnx.Module):
             positions: global positions, `T` or `B T`, -1 in the padding; None means the layout's own, or,
                 when decoding, the ones that follow.
             segment_ids: documents packed into the sequence.
+            mask: a boolean array beside the mask spec, in layout order.
+            bias: a bias array in layout order, or a function, instead of the layer's own.
+            deterministic: whether not to drop attention weights; needed if the constructor was not told.
+            rngs: whose stream `dropout` is used instead of the layer's own.
             attend: takes q, k and v instead of `ring_attention`, for use inside the caller's `shard_map`.
             decode: whether to use the cache; call `init_cache` first.
         """
+        if attend is not None:
+            bias = self.bias if bias is None else bias
+            refuse("attend", mask=mask, bias=bias, logits_soft_cap=self.logits_soft_cap, sinks=self.sinks)
         if decode:
-            return self._decode(x, positions, segment_ids)
+            refuse("decode=True", mask=mask, bias=bias, segment_ids=segment_ids)
+            return self._decode(x, positions)
         given = positions
         if positions is None and self.rotary is not None:
             ring_size = self.ring.size(resolve_mesh(self.mesh))
@@ -146,68 +178,56 @@ class RingAttention(nnx.Module):
             positions = positions.reshape(-1, x.shape[1])
         q, k, v = self.project(x, positions)
         if attend is None:
+            dropout_rng = self._dropout_rng(deterministic, rngs)
             out = ring_attention(
-                q, k, v, mask=self.mask, segment_ids=segment_ids, positions=given, mesh=self.mesh,
-                ring=self.ring,
+                q, k, v, self.bias if bias is None else bias, (self.mask, mask), segment_ids=segment_ids,
+                positions=given, logits_soft_cap=self.logits_soft_cap,
+                sinks=None if self.sinks is None else self.sinks[...],
+                dropout_rate=0.0 if dropout_rng is None else self.dropout_rate, dropout_rng=dropout_rng,
+                broadcast_dropout=self.broadcast_dropout, mesh=self.mesh, ring=self.ring,
             )  # fmt: skip
         else:
             out = attend(q, k, v)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
+    def _dropout_rng(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> jax.Array | None:
+        """A key if weights are to be dropped."""
+        if self.dropout_rate == 0:
+            return None
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if deterministic is None:
+            raise ValueError(
+                f"RingAttention: dropout_rate is {self.dropout_rate}; say in the call or the constructor "
+                f"whether deterministic is True (evaluation) or False (training)."
+            )
+        if deterministic:
+            return None
+        stream = self.rngs if rngs is None else rngs.dropout
+        assert stream is not None
+        return stream()
+
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike = jnp.float32) -> None:
         """Makes an empty cache for `max_length` tokens, rounded up to a multiple of the ring."""
-        mesh = resolve_mesh(self.mesh)
-        ring_size = self.ring.size(mesh)
-        slots = -(-max_length // ring_size) * ring_size
-        cache = kv_cache.make_cache(
-            (batch_size, self.num_kv_heads, slots, self.head_size), self.head_size, dtype
-        )
-        specs = self._cache_specs()
-        self.cache = nnx.data(
-            _Cache(*(nnx.Cache(place(x, mesh, s)) for x, s in zip(cache, specs, strict=True)))
-        )
+        cache = empty_cache(
+            batch_size, max_length, self.num_kv_heads, self.head_size, dtype,
+            mesh=resolve_mesh(self.mesh), ring=self.ring,
+        )  # fmt: skip
+        self.cache = nnx.data(_Cache._make(map(nnx.Cache, cache)))
         self.next_position = nnx.Cache(jnp.zeros((), jnp.int32))
 
-    def _cache_specs(self) -> tuple[P, P, P]:
-        batch, axis, heads, _ = self.ring.spec
-        spec = P(batch, heads, axis, None)
-        return spec, spec, P(axis)
-
-    def _decode(self, x, positions, segment_ids):
+    def _decode(self, x, positions):
         if self.cache is None or self.next_position is None:
             raise ValueError("RingAttention(decode=True): there is no cache yet; call init_cache() first.")
-        if segment_ids is not None:
-            raise NotImplementedError("RingAttention(decode=True) takes one document; leave segment_ids out.")
-        mesh = resolve_mesh(self.mesh)
-        axis_name = self.ring.axis_name
         if positions is None:
             positions = self.next_position[...] + jnp.arange(x.shape[1], dtype=jnp.int32)
         positions = jnp.asarray(positions, jnp.int32).reshape(x.shape[1])
         q, k, v = self.project(x, positions[None])
-
-        def step(q, k, v, cache, positions):
-            keys, values, held = cache
-            slots, held = kv_cache.free_slots(held, positions, axis_name)
-            keys, values = kv_cache.append(keys, k, slots), kv_cache.append(values, v, slots)
-            partial = kv_cache.attend(
-                q, keys, values, positions, held, scale=self.head_size**-0.5, mask=self.mask
-            )
-            out = kv_cache.gather_and_merge(partial, axis_name).out
-            # A token that found no slot must not be forgotten in silence.
-            stored = jax.lax.psum((slots >= 0).astype(jnp.int32), axis_name) > 0
-            out = jnp.where(stored[:, None, None] | (positions < 0)[:, None, None], out, jnp.nan)
-            return out.astype(q.dtype), (keys, values, held)
-
-        batch, _, heads, _ = self.ring.spec
-        specs, whole = self._cache_specs(), P(batch, None, heads, None)
-        # The merged output is the same on every rank, which an all-gather's type does not say.
-        run = jax.shard_map(
-            step, mesh=mesh, in_specs=(whole, whole, whole, specs, P()), out_specs=(whole, specs),
-            check_vma=False,
+        out, cache = attend_and_append(
+            q, k, v, KVCache._make(variable[...] for variable in self.cache), positions,
+            mask=self.mask, bias=self.bias, logits_soft_cap=self.logits_soft_cap,
+            sinks=None if self.sinks is None else self.sinks[...], mesh=resolve_mesh(self.mesh),
+            ring=self.ring,
         )  # fmt: skip
-        cache = tuple(x[...] for x in self.cache)
-        q, k, v = (reshard(y, mesh, whole) for y in (q, k, v))
-        out, cache = run(q, k, v, cache, positions)
         for variable, value in zip(self.cache, cache, strict=True):
             variable[...] = value
         self.next_position[...] = jnp.maximum(self.next_position[...], positions.max() + 1)

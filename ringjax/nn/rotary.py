@@ -5,6 +5,7 @@ References:
 """
 
 import dataclasses
+from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,11 @@ class Rotary:
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
+
+    @classmethod
+    def default(cls, head_size: int, theta: float = 10_000.0) -> Self:
+        """The frequencies of the paper for heads of `head_size`."""
+        return cls(default_frequencies(head_size, theta))
 
     def __call__(self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"]) -> Float[Array, "B T N H"]:
         """Rotates `x`, computing in float32; padding (position -1) is rotated too, which harms nothing."""

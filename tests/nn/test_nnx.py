@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from ringjax import Causal, Full, Ring, shard_sequence, unshard_sequence
 from ringjax.nn import RingAttention, Rotary
-from ringjax.nn.rotary import default_frequencies
 
 MakeMesh = Callable[..., Mesh]
 N, K, H, D = 6, 2, 8, 40  # D is not N * H
@@ -24,7 +23,7 @@ def make_layer(mesh: Mesh | None, layout: str = "contiguous", **options: Any) ->
     defaults = {
         "num_kv_heads": K,
         "head_size": H,
-        "rotary": Rotary(default_frequencies(H)),
+        "rotary": Rotary.default(H),
         "ring": Ring(layout=layout),
         "mesh": mesh,
         "use_bias": True,
@@ -292,7 +291,7 @@ def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"in_features=40 does not divide over num_heads=6; give head"):
         RingAttention(6, 40, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"rotary has 4 frequencies; head_size=6 needs 3"):
-        RingAttention(2, 12, rotary=Rotary(default_frequencies(8)), rngs=nnx.Rngs(0))
+        RingAttention(2, 12, rotary=Rotary.default(8), rngs=nnx.Rngs(0))
 
 
 def test_decoding_without_a_cache_is_refused(mesh: MakeMesh) -> None:
@@ -303,7 +302,7 @@ def test_decoding_without_a_cache_is_refused(mesh: MakeMesh) -> None:
 def test_decoding_packed_documents_is_refused(mesh: MakeMesh) -> None:
     layer = make_layer(mesh(3))
     layer.init_cache(1, 6)
-    with pytest.raises(NotImplementedError, match="takes one document; leave segment_ids out"):
+    with pytest.raises(NotImplementedError, match=r"decode=True\) does not take segment_ids\. Leave it out"):
         layer(jnp.ones((1, 1, D)), segment_ids=jnp.zeros((1, 1), jnp.int32), decode=True)
 
 
