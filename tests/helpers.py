@@ -25,7 +25,9 @@ class _Scores(NamedTuple):
     k: Array  # B S N H: every query head has its own copy
     v: Array  # B S N Hv
     slope: Array  # B N T S: d capped / d uncapped
-    probs: Array  # B N T S
+    probs: Array  # B N T S, before dropout
+    factor: Array  # B N T S: what dropout multiplies them by
+    sink_probs: Array  # B N T: what the sink takes
     lse: Array  # B N T
     scale: float
     num_kv_heads: int
@@ -39,6 +41,9 @@ def _scores(
     bias: Any,
     scale: float | None,
     softcap: float | None,
+    sinks: Any,
+    keep: Any,
+    rate: float,
 ) -> _Scores:
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     num_kv_heads = k.shape[2]
@@ -58,15 +63,25 @@ def _scores(
         mask = np.asarray(mask)
         assert mask.dtype == np.bool_, mask.dtype
         logits = np.where(mask, logits, -np.inf)
+    sink_logits = np.broadcast_to(-np.inf if sinks is None else _as_bnt(sinks), logits.shape[:3])
 
-    highest = logits.max(axis=-1, keepdims=True, initial=-np.inf)
-    highest = np.where(np.isneginf(highest), 0.0, highest)
-    weights = np.exp(logits - highest)  # exp(-inf) = 0
-    total = weights.sum(axis=-1, keepdims=True)
-    probs = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    highest = np.maximum(logits.max(axis=-1, initial=-np.inf), sink_logits)
+    highest = np.where(np.isneginf(highest), 0.0, highest)[..., None]
+    weights, sink_weights = np.exp(logits - highest), np.exp(sink_logits - highest[..., 0])  # exp(-inf) = 0
+    total = weights.sum(axis=-1) + sink_weights
+    divide = lambda x, by: np.divide(x, by, out=np.zeros_like(x), where=by > 0)
+    probs, sink_probs = divide(weights, total[..., None]), divide(sink_weights, total)
     with np.errstate(divide="ignore"):  # log(0) = -inf is what an empty row is to have
-        lse = (highest + np.log(total))[..., 0]
-    return _Scores(q, k, v, slope, probs, lse, scale, num_kv_heads)
+        lse = highest[..., 0] + np.log(total)
+    factor = np.ones_like(probs)
+    if keep is not None:
+        factor = np.broadcast_to(np.asarray(keep) / (1.0 - rate), probs.shape)
+    return _Scores(q, k, v, slope, probs, factor, sink_probs, lse, scale, num_kv_heads)
+
+
+def _as_bnt(sinks: Any) -> Array:
+    sinks = np.asarray(sinks).astype(np.float64)
+    return sinks[None, :, None] if sinks.ndim == 1 else sinks
 
 
 def oracle(
@@ -78,13 +93,21 @@ def oracle(
     bias: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Any = None,
+    keep: Any = None,
+    rate: float = 0.0,
 ) -> tuple[Array, Array]:
-    """`out, lse`: scale, then bias, then softcap, then mask, then softmax; natural logarithms.
+    """`out, lse`: scale, then bias, then softcap, then mask, then softmax, then dropout; natural logarithms.
 
-    A row that attends to nothing has output 0 and lse -inf.
+    A row that attends to nothing has output 0 and lse -inf, or that of its sink.
+
+    Args:
+      sinks: `N`, or `B|1 N T|1` with -inf where there is no query: logits of one more key, with value zero.
+      keep: 0 or 1 for each weight, `B|1 N|1 T|1 S|1`; those kept are divided by `1 - rate`, and lse is not
+        touched.
     """
-    s = _scores(q, k, v, mask, bias, scale, softcap)
-    return np.einsum("bnts,bsnh->btnh", s.probs, s.v), s.lse.swapaxes(1, 2)
+    s = _scores(q, k, v, mask, bias, scale, softcap, sinks, keep, rate)
+    return np.einsum("bnts,bsnh->btnh", s.probs * s.factor, s.v), s.lse.swapaxes(1, 2)
 
 
 def oracle_grads(
@@ -98,28 +121,34 @@ def oracle_grads(
     bias: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Any = None,
+    keep: Any = None,
+    rate: float = 0.0,
 ) -> tuple[Array, ...]:
-    """`dq, dk, dv` of `sum(dout * out) + sum(dlse * lse)`, and `dbias` too if there is a bias.
+    """`dq, dk, dv` of `sum(dout * out) + sum(dlse * lse)`, then `dbias` and `dsinks` if there are such.
 
-    With z the masked logits, p = exp(z - lse), out = p v:
-        d out / d z gives p (p̄ - sum(p p̄)) with p̄ = dout vᵀ,    d lse / d z gives p.
-    A row that attends to nothing has p = 0, hence no gradient, whatever dout and dlse say.
+    With z the masked logits, p = exp(z - lse), f what dropout multiplies by, out = (f p) v:
+        d out / d z gives p (p̄ - sum(p p̄)) with p̄ = f (dout vᵀ),    d lse / d z gives p.
+    A sink is a z of which p̄ is 0. A row that attends to nothing has p = 0, hence no gradient, whatever
+    dout and dlse say.
     """
-    s = _scores(q, k, v, mask, bias, scale, softcap)
+    s = _scores(q, k, v, mask, bias, scale, softcap, sinks, keep, rate)
     dout = np.asarray(dout).astype(np.float64)  # B T N Hv
-    dprobs = np.einsum("btnh,bsnh->bnts", dout, s.v)
-    dlogits = s.probs * (dprobs - (s.probs * dprobs).sum(axis=-1, keepdims=True))
-    if dlse is not None:
-        dlse = np.asarray(dlse).astype(np.float64).swapaxes(1, 2)  # B N T
-        dlogits = dlogits + s.probs * dlse[..., None]
-    dlogits = dlogits * s.slope
+    dprobs = s.factor * np.einsum("btnh,bsnh->bnts", dout, s.v)
+    dlse = np.zeros_like(s.lse) if dlse is None else np.asarray(dlse).astype(np.float64).swapaxes(1, 2)
+    along = dlse - (s.probs * dprobs).sum(axis=-1)  # B N T: what every logit of a row shares
+    dlogits = s.probs * (dprobs + along[..., None]) * s.slope
 
     dq = s.scale * np.einsum("bnts,bsnh->btnh", dlogits, s.k)
     dk = _sum_groups(s.scale * np.einsum("bnts,btnh->bsnh", dlogits, s.q), s.num_kv_heads)
-    dv = _sum_groups(np.einsum("bnts,btnh->bsnh", s.probs, dout), s.num_kv_heads)
-    if bias is None:
-        return dq, dk, dv
-    return dq, dk, dv, _sum_to(dlogits, np.shape(bias))
+    dv = _sum_groups(np.einsum("bnts,btnh->bsnh", s.probs * s.factor, dout), s.num_kv_heads)
+    grads = [dq, dk, dv]
+    if bias is not None:
+        grads.append(sum_to(dlogits, np.shape(bias)))
+    if sinks is not None:
+        dsinks = sum_to(s.sink_probs * along, _as_bnt(sinks).shape)
+        grads.append(dsinks.reshape(np.shape(sinks)))
+    return tuple(grads)
 
 
 def _sum_groups(x: Array, num_kv_heads: int) -> Array:
@@ -127,7 +156,7 @@ def _sum_groups(x: Array, num_kv_heads: int) -> Array:
     return x.reshape(b, s, num_kv_heads, n // num_kv_heads, h).sum(axis=3)
 
 
-def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     """The transpose of broadcasting `shape` to `x.shape`."""
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
     stretched = tuple(i for i, size in enumerate(shape) if size == 1 and x.shape[i] != 1)

@@ -70,12 +70,42 @@ def test_huge_logits_do_not_overflow(rng: np.random.Generator) -> None:
     assert lse.max() > 1e4
 
 
+def test_sink_is_one_more_key_without_a_value(rng: np.random.Generator) -> None:
+    q, k, v = helpers.random_qkv(rng, T=5, S=3, K=2)
+    sinks = rng.standard_normal(4)
+    logit = np.concatenate([np.zeros((2, 4, 5, 3)), np.broadcast_to(sinks[:, None, None], (2, 4, 5, 1))], -1)
+    more = lambda x: np.concatenate([x, np.zeros_like(x[:, :1])], axis=1)
+    expected = helpers.oracle(q, more(k), more(v), bias=logit)
+    for got, wanted in zip(helpers.oracle(q, k, v, sinks=sinks), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    out, lse = helpers.oracle(q, k, v, sinks=sinks, mask=np.zeros((1, 1, 5, 3), bool))
+    assert (out == 0).all()
+    np.testing.assert_allclose(lse, np.broadcast_to(sinks, lse.shape), rtol=1e-15)
+    nobody = np.broadcast_to(np.where(np.arange(5) == 1, -np.inf, sinks[:, None]), (1, 4, 5))
+    _, lse = helpers.oracle(q, k, v, sinks=nobody, mask=np.zeros((1, 1, 5, 3), bool))
+    assert np.isneginf(lse[:, 1]).all()
+    assert np.isfinite(np.delete(lse, 1, axis=1)).all()
+
+
+def test_dropout_by_hand() -> None:
+    q, k = np.ones((1, 1, 1, 1)), np.zeros((1, 4, 1, 1))
+    v = np.array([1.0, 10.0, 100.0, 1000.0]).reshape(1, 4, 1, 1)
+    out, lse = helpers.oracle(q, k, v, keep=np.array([1, 0, 0, 1]).reshape(1, 1, 1, 4), rate=0.75)
+    np.testing.assert_allclose(out.item(), (1 + 1000) / 4 / 0.25)
+    np.testing.assert_allclose(lse.item(), np.log(4))
+
+
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("bias_shape", [None, (2, 4, 5, 7), (1, 4, 1, 7), (2, 1, 5, 1), (1, 1, 5, 7)])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("masked", "sinks", "rate"),
+    [(False, None, 0.0), (True, None, 0.4), (True, (4,), 0.0), (False, (2, 4, 5), 0.4)],
+)
 def test_gradients_are_finite_differences(
     rng: np.random.Generator,
     masked: bool,
+    sinks: tuple[int, ...] | None,
+    rate: float,
     bias_shape: tuple[int, ...] | None,
     softcap: float | None,
 ) -> None:
@@ -83,17 +113,21 @@ def test_gradients_are_finite_differences(
     shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, Hv)}
     if bias_shape is not None:
         shapes["bias"] = bias_shape
+    if sinks is not None:
+        shapes["sinks"] = sinks
     point = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     mask = rng.random((B, 1, T, S)) < 0.6 if masked else None
     if masked:
         mask[0, 0, 2] = False
+    keep = rng.random((B, N, T, S)) >= rate if rate else None
     dout, dlse = rng.standard_normal((B, T, N, Hv)), rng.standard_normal((B, T, N))
+    arguments = {"mask": mask, "scale": 0.7, "softcap": softcap, "keep": keep, "rate": rate}
 
     def value(point: dict[str, np.ndarray]) -> float:
-        out, lse = helpers.oracle(**point, mask=mask, scale=0.7, softcap=softcap)
+        out, lse = helpers.oracle(**point, **arguments)
         return (dout * out).sum() + (dlse * np.where(np.isneginf(lse), 0.0, lse)).sum()
 
-    grads = helpers.oracle_grads(**point, dout=dout, dlse=dlse, mask=mask, scale=0.7, softcap=softcap)
+    grads = helpers.oracle_grads(**point, dout=dout, dlse=dlse, **arguments)
     assert len(grads) == len(point)
     step = 1e-5
     for (name, at), grad in zip(point.items(), grads, strict=True):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringjax import BlockSizes, Causal, Full, Ring, partials
-from ringjax.kernels import Tile, base, blockwise, get_kernel
-from ringjax.kernels.base import in_blocks, visits
+from ringjax import BlockSizes, Causal, Full, Ring, SlidingWindow, partials
+from ringjax.kernels import Gradients, Operands, Rule, Tile, base, blockwise, get_kernel
+from ringjax.kernels.base import Blocks, visits
 from ringjax.masks import Tokens
 
 SHAPES = [
@@ -32,9 +32,11 @@ def tile_of(q_positions, kv_positions, mask=None, blocks=(256, 256), segments=(N
     return Tile(
         q=tokens(q_positions, segments[0]),
         kv=tokens(kv_positions, segments[1]),
-        mask=mask or Full(),
-        scale=kw.pop("scale", 8**-0.5),
+        operands=kw.pop("operands", Operands()),
+        kv_start=kw.pop("kv_start", 0),
+        rule=Rule(mask=mask or Full(), scale=kw.pop("scale", 8**-0.5), **kw.pop("rule", {})),
         block_sizes=BlockSizes(q=blocks[0], kv=blocks[1]),
+        **kw,
     )
 
 
@@ -55,19 +57,19 @@ def run(rng, q, k, v, tile):
     dout = jnp.asarray(rng.standard_normal(partial.out.shape), q.dtype)
     dlse = jnp.asarray(rng.standard_normal(partial.lse.shape), partial.lse.dtype)
     delta = (dout.astype(partial.out.dtype) * partial.out).sum(axis=-1) - dlse
-    start = jnp.asarray(rng.standard_normal(q.shape), partial.out.dtype)
-    dq, dkv = backward(q, fused(k, v), partial.lse, delta, dout, tile, start)
+    start = Gradients(jnp.asarray(rng.standard_normal(q.shape), partial.out.dtype))
+    gradients, dkv = backward(q, fused(k, v), partial.lse, delta, dout, tile, start)
     dk, dv = jnp.split(dkv, [k.shape[-1]], axis=-1)
-    return partial, (dq - start, dk, dv), (dout, dlse)
+    return partial, (gradients.dq - start.dq, dk, dv), (dout, dlse)
 
 
 def check(rng, q, k, v, tile, mask, dtype="float32", lse_error=0.0):
     """`lse_error` is that of the gradients' weights, `exp(logit - lse)`, through a rounded lse."""
     partial, grads, cotangents = run(rng, q, k, v, tile)
-    out, lse = helpers.oracle(q, k, v, mask=mask, scale=tile.scale)
+    out, lse = helpers.oracle(q, k, v, mask=mask, scale=tile.rule.scale)
     helpers.assert_close(partial.out, out, dtype, name="out")
     helpers.assert_close(partial.lse, lse, "float32", name="lse")
-    expected = helpers.oracle_grads(q, k, v, *cotangents, mask=mask, scale=tile.scale)
+    expected = helpers.oracle_grads(q, k, v, *cotangents, mask=mask, scale=tile.rule.scale)
     for name, got, wanted in zip(("dq", "dk", "dv"), grads, expected, strict=True):
         magnitude = q.size**0.5 if name == "dq" else 0.0
         tolerance = helpers.TOLERANCES[jnp.dtype(dtype).name]["grad"]
@@ -108,12 +110,13 @@ def test_rows_without_keys_change_no_gradient(rng) -> None:
     partial = forward(q, fused(k, v), tile, nothing(q, v))
     dout = jnp.asarray(rng.standard_normal(v.shape), jnp.float32)
     delta = jnp.zeros(partial.lse.shape)
-    dq, dkv = backward(q, fused(k, v), partial.lse, delta, dout, tile, jnp.zeros_like(q))
+    zeros = Gradients(jnp.zeros_like(q))
+    (dq, *_), dkv = backward(q, fused(k, v), partial.lse, delta, dout, tile, zeros)
     padded = jnp.asarray(positions < 0)[None, :, None]
     assert (np.asarray(dq)[:, positions < 0] == 0).all()
     wild = jnp.where(padded[..., None], 1e30, dout), jnp.where(padded, -1e30, delta)
-    again = backward(q, fused(k, v), partial.lse, wild[1], wild[0], tile, jnp.zeros_like(q))
-    for before, after in zip((dq, dkv), again, strict=True):
+    (dq_again, *_), dkv_again = backward(q, fused(k, v), partial.lse, wild[1], wild[0], tile, zeros)
+    for before, after in ((dq, dq_again), (dkv, dkv_again)):
         np.testing.assert_array_equal(before, after)
 
 
@@ -191,9 +194,23 @@ def test_blocks_hold_every_token_once() -> None:
     for length, wanted in ((1, 3), (7, 1), (7, 3), (12, 5), (18, 17), (100, 32), (338, 256)):
         size = base.block_size(length, wanted)
         tokens = Tokens(jnp.arange(length, dtype=jnp.int32)[None])
-        owned = np.asarray(in_blocks(tokens, size).positions)
+        blocks = Blocks.cut(length, wanted)
+        owned = np.asarray(blocks.of(tokens).positions)
         assert owned.shape == (1, -(-length // size), size)
         assert owned[owned >= 0].tolist() == list(range(length)), (length, wanted)
+
+
+@pytest.mark.parametrize("runs", [2, 3])
+def test_no_block_crosses_from_one_run_into_the_next(runs) -> None:
+    for run, wanted in ((1, 3), (7, 3), (12, 5), (40, 32), (5, 5)):
+        length = run * runs
+        blocks = Blocks.cut(length, wanted, runs)
+        owned = np.asarray(blocks.of(Tokens(jnp.arange(length, dtype=jnp.int32)[None])).positions)[0]
+        assert owned[owned >= 0].tolist() == list(range(length))
+        for start in blocks.starts:
+            assert start // run == (start + blocks.size - 1) // run, (run, wanted, start)
+    # A length that no cut makes equal is one run.
+    assert Blocks.cut(2 * runs + 1, 256, runs).starts.tolist() == [0]
 
 
 def test_block_sizes_must_be_positive() -> None:
@@ -203,22 +220,27 @@ def test_block_sizes_must_be_positive() -> None:
         BlockSizes(kv=-1)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("mask", [Full(), Causal()], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("mask", [Full(), Causal(), SlidingWindow(7, 2)], ids=str)
 def test_visits_are_the_fewest_possible(mask, layout) -> None:
     ring_size, shard, q_size, kv_size = 3, 40, 8, 6
     shards = Ring(layout=layout).positions(ring_size * shard, ring_size).reshape(ring_size, shard)
+    runs = 2 if layout == "zigzag" else 1
     for rank in range(ring_size):
         for source in range(ring_size):
-            q, kv = (
-                in_blocks(Tokens(jnp.asarray(shards[i])[None]), size)
-                for i, size in ((rank, q_size), (source, kv_size))
+            tile = tile_of(shards[rank], shards[source], mask, (q_size, kv_size), runs=runs)
+            cuts = Blocks.cut(shard, q_size, runs), Blocks.cut(shard, kv_size, runs)
+            plan = visits(tile, *cuts)
+            i, j = (
+                np.asarray(cut.of(tokens).positions)[0]
+                for cut, tokens in zip(cuts, (tile.q, tile.kv), strict=True)
             )
-            plan = visits(mask, q, kv)
-            i, j = np.asarray(q.positions)[0], np.asarray(kv.positions)[0]
             pairs = (i >= 0)[:, None, :, None] & (j >= 0)[None, :, None, :]
+            behind = i[:, None, :, None] - j[None, :, None, :]
             if mask == Causal():
-                pairs &= j[None, :, None, :] <= i[:, None, :, None]
+                pairs &= behind >= 0
+            elif mask != Full():
+                pairs &= (behind <= 7) & (behind >= -2)
             some, every = pairs.any(axis=(2, 3)), pairs.all(axis=(2, 3))
             np.testing.assert_array_equal(plan.total[0], some.sum(axis=1))
             np.testing.assert_array_equal(plan.partial[0], (some & ~every).sum(axis=1))
@@ -226,6 +248,50 @@ def test_visits_are_the_fewest_possible(mask, layout) -> None:
                 visited = np.asarray(plan.blocks)[0, row, :total]
                 assert sorted(visited) == np.flatnonzero(some[row]).tolist()
                 assert not every[row][visited[: plan.partial[0, row]]].any()
+
+
+@pytest.mark.parametrize("kind", ["causal", "array"])
+def test_what_is_not_visited_is_not_touched(rng, kind) -> None:
+    """NaN in a block that is computed would reach the output, masked or not."""
+    q, k, v = helpers.random_qkv(rng, T=16, S=64, K=2)
+    operands, mask = Operands(), Causal()
+    allowed = helpers.position_mask(np.arange(20, 36), np.arange(64), causal=True)
+    if kind == "array":
+        mask, allowed = Full(), np.ones((1, 1, 16, 64), bool)
+        allowed[..., 8:24] = allowed[..., 40:] = False
+        operands = Operands(mask=jnp.asarray(allowed))
+    tile = tile_of(np.arange(20, 36), np.arange(64), mask, (16, 8), operands=operands)
+    dead = ~allowed.any(axis=(0, 1, 2)).reshape(8, 8).any(axis=1).repeat(8)
+    assert 0 < dead.sum() < 64
+    poison = lambda x: jnp.where(dead[None, :, None, None], jnp.nan, x)
+    partial, grads, cotangents = run(rng, q, poison(k), poison(v), tile)
+    helpers.assert_close(partial.out, helpers.oracle(q, k, v, mask=allowed)[0], "float32")
+    wanted = helpers.oracle_grads(q, k, v, *cotangents, mask=allowed)
+    for got, value in zip(grads, wanted, strict=True):
+        helpers.assert_close(got, value, "float32", "grad")
+
+
+def test_operands_are_read_and_gradients_added_at_their_place(rng) -> None:
+    """A shard of 24 keys that are the last of 40: bias and mask hold them all, and so does dbias."""
+    T, S, first = 21, 24, 16
+    q, k, v = helpers.random_qkv(rng, T=T, S=S, K=2)
+    bias = jnp.asarray(rng.standard_normal((2, 1, T, first + S)), jnp.float32)
+    mask = rng.random((1, 4, T, first + S)) < 0.7
+    tile = tile_of(
+        np.arange(T), np.arange(S), Full(), (8, 7), operands=Operands(bias=bias, mask=jnp.asarray(mask)),
+        kv_start=jnp.int32(first), rule={"soft_cap": 2.0},
+    )  # fmt: skip
+    partial = forward(q, fused(k, v), tile, nothing(q, v))
+    dout = jnp.asarray(rng.standard_normal(v.shape[:1] + q.shape[1:3] + v.shape[3:]), jnp.float32)
+    delta = (dout * partial.out).sum(axis=-1)
+    before = jnp.asarray(rng.standard_normal(bias.shape), jnp.float32)
+    start = Gradients(jnp.zeros_like(q), before)
+    gradients, _ = backward(q, fused(k, v), partial.lse, delta, dout, tile, start)
+    arguments = {"mask": mask[..., first:], "bias": bias[..., first:], "softcap": 2.0}
+    helpers.assert_close(partial.out, helpers.oracle(q, k, v, **arguments)[0], "float32")
+    dbias = helpers.oracle_grads(q, k, v, dout, **arguments)[3]
+    np.testing.assert_array_equal(gradients.dbias[..., :first], before[..., :first])
+    helpers.assert_close((gradients.dbias - before)[..., first:], dbias, "float32", "grad")
 
 
 def test_kernel_by_name() -> None:

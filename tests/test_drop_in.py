@@ -1,0 +1,101 @@
+"""The arguments of `jax.nn.dot_product_attention` give what it gives."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringjax import ring_attention
+
+
+def jax_nn(*args, **kwargs):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return jax.nn.dot_product_attention(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"is_causal": True, "scale": 0.3},
+        {"key_value_seq_lengths": [3, 30], "query_seq_lengths": [33, 7]},
+        {"is_causal": True, "key_value_seq_lengths": [1, 17], "implementation": "xla"},
+    ],
+    ids=str,
+)
+def test_is_a_drop_in_for_jax_nn(rng, mesh, kwargs) -> None:
+    kwargs = {k: jnp.asarray(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+    q, k, v = helpers.random_qkv(rng, T=34, S=31, K=2)
+    out, lse = ring_attention(q, k, v, mesh=mesh(3), return_residual=True, **kwargs)
+    expected, expected_lse = jax_nn(q, k, v, return_residual=True, **kwargs)
+    real = np.arange(34) < np.asarray(kwargs.get("query_seq_lengths", [34, 34]))[:, None]
+    helpers.assert_close(out, expected, "float32")
+    helpers.assert_close(np.asarray(lse)[real], np.asarray(expected_lse)[real], "float32")
+
+
+@pytest.mark.parametrize(
+    ("bias", "mask", "kwargs"),
+    [
+        ((2, 4, 34, 31), None, {"local_window_size": 40}),
+        ((1, 4, 1, 31), (2, 1, 34, 31), {"is_causal": True, "local_window_size": (7, 2)}),
+        ((2, 1, 34, 1), (1, 4, 1, 31), {"local_window_size": (50, 0), "scale": 0.5}),
+        ((34, 31), (1, 1, 34, 31), {"is_causal": True}),
+        ((4, 1, 1), (31,), {}),
+    ],
+    ids=str,
+)
+def test_bias_mask_and_window_mean_the_same(rng, mesh, bias, mask, kwargs) -> None:
+    q, k, v = helpers.random_qkv(rng, T=34, S=31, K=2)
+    bias = jnp.asarray(rng.standard_normal(bias), jnp.float32)
+    if mask is not None:
+        mask = rng.random(mask) < 0.7
+        # A row with no key is an average there, and zero here.
+        mask[..., 0] = mask[..., 24:] = True
+        kwargs = kwargs | {"mask": jnp.asarray(mask)}
+    # No cotangent of the lse: there it is stopped.
+    cotangents = jnp.asarray(rng.standard_normal(q.shape), jnp.float32), jnp.zeros(q.shape[:3])
+
+    def value_and_grads(attend, **more):
+        def run(q, k, v, bias):
+            f = lambda *x: attend(*x, return_residual=True, **kwargs, **more)
+            values, pullback = jax.vjp(f, q, k, v, bias)
+            return values, pullback(cotangents)
+
+        return jax.jit(run)(q, k, v, bias)
+
+    values, grads = value_and_grads(ring_attention, mesh=mesh(3))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        expected, expected_grads = value_and_grads(jax.nn.dot_product_attention)
+    for got, wanted in zip(values, expected, strict=True):
+        helpers.assert_close(got, wanted, "float32")
+    for name, got, wanted in zip(("dq", "dk", "dv", "dbias"), grads, expected_grads, strict=True):
+        # That of a bias which a row's keys share cancels; its terms are of the size of those of dq.
+        magnitude = float(np.linalg.norm(expected_grads[0])) if name == "dbias" else 0.0
+        helpers.assert_close(got, wanted, "float32", "grad", name=name, magnitude=magnitude)
+
+
+def test_three_dimensional_arrays_have_no_batch(rng, mesh) -> None:
+    q, k, v = (x[0] for x in helpers.random_qkv(rng, B=1, T=17, S=20, K=2))
+    out, lse = ring_attention(
+        q, k, v, is_causal=True, return_residual=True, mesh=mesh(2),
+        key_value_seq_lengths=jnp.array([9]), segment_ids=(jnp.zeros(17, int), jnp.zeros(20, int)),
+    )  # fmt: skip
+    expected = jax_nn(q, k, v, is_causal=True, key_value_seq_lengths=jnp.array([9]))
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:2])
+    helpers.assert_close(out, expected, "float32")
+
+
+def test_three_dimensional_arrays_take_bias_and_mask(rng, mesh) -> None:
+    q, k, v = (x[0] for x in helpers.random_qkv(rng, B=1, T=17, S=20, K=2))
+    bias = jnp.asarray(rng.standard_normal((4, 17, 20)), jnp.float32)
+    mask = jnp.asarray(rng.random((17, 20)) < 0.7).at[:, 0].set(True)
+    out = ring_attention(q, k, v, bias, mask, mesh=mesh(2))
+    helpers.assert_close(out, jax_nn(q, k, v, bias, mask), "float32")
+
+
+@pytest.mark.parametrize("one", [lambda x: x, np.int64, lambda x: (x, x), lambda x: [x, x]])
+def test_window_of_one_number_is_a_pair(rng, mesh, one) -> None:
+    arrays = helpers.random_qkv(rng, T=12)
+    attend = lambda size: ring_attention(*arrays, local_window_size=size, mesh=mesh(2))
+    np.testing.assert_array_equal(attend(one(3)), attend((3, 3)))
