@@ -108,7 +108,7 @@ def backward(
         # Nothing flows through a row that met no key: exp(logit - inf) is 0.
         lse_rows = jnp.where(lse_rows == -jnp.inf, -lse_rows, lse_rows)
         # A cotangent there may be NaN, as that of a norm is at zero; 0 * NaN would spread it.
-        dout_rows = jnp.where(lse_rows.T == jnp.inf, jnp.zeros_like(dout_rows), dout_rows)
+        dout_rows = jnp.where(jnp.isposinf(lse_rows).T, jnp.zeros_like(dout_rows), dout_rows)
 
         def fold(masked):
             def body(visit, state):
