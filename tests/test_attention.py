@@ -452,12 +452,11 @@ def test_second_derivatives_are_refused(rng, mesh, wrap) -> None:
             jax.jvp(grad, (q,), (q,))
 
 
-@pytest.mark.parametrize("axis_types", ["explicit", "auto"])
-def test_gradients_outside_jit_where_lengths_do_not_divide(rng, mesh, axis_types) -> None:
+def test_gradients_outside_jit_where_lengths_do_not_divide(rng, mesh) -> None:
     q, k, v = helpers.random_qkv(rng, T=11, S=7)
     bias = jnp.asarray(rng.standard_normal((1, 4, 11, 7)), jnp.float32)
     dout = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
-    attend = lambda *arrays: ring_attention(*arrays, mesh=mesh(3, axis_types))
+    attend = lambda *arrays: ring_attention(*arrays, mesh=mesh(3))
     _, pullback = jax.vjp(attend, q, k, v, bias)
     wanted = helpers.oracle_grads(q, k, v, dout, bias=bias)
     for name, grad, value in zip(("dq", "dk", "dv", "dbias"), pullback(dout), wanted, strict=True):
@@ -603,13 +602,10 @@ def test_repeats_to_the_bit(rng) -> None:
         np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("bias", ["BNTS", None])
-def test_logits_of_ten_thousand_stay_finite(rng, bias) -> None:
-    case = dataclasses.replace(EVERYTHING, bias=bias, soft_cap=None, logits=1e4 if bias is None else 1.0)
+def test_logits_of_ten_thousand_stay_finite(rng) -> None:
+    case = dataclasses.replace(EVERYTHING, bias="BNTS", soft_cap=None)
     drawn = draw(rng, case)
-    if bias is not None:
-        large = 1e4 * np.sign(drawn.floats["bias"])
-        drawn.floats["bias"] = drawn.oracle["bias"] = jnp.asarray(large)
+    drawn.floats["bias"] = drawn.oracle["bias"] = jnp.asarray(1e4 * np.sign(drawn.floats["bias"]))
     out, lse, grads = jax.device_get(run(case, drawn, case.mesh))
     expected = helpers.oracle(*(drawn.floats[name] for name in "qkv"), **drawn.oracle)[1]
     helpers.assert_close(case.lay(lse, 1, back=True), expected, "float32", name="lse")
