@@ -202,8 +202,7 @@ def _padded(
     def pad(x, spec, *more, fill=0):
         widths = [(0, 0)] * x.ndim
         for axis, count in more:
-            # Of a bias or mask, an axis of 1 is broadcast.
-            widths[axis] = (0, count if x.shape[axis] > 1 or x.ndim < 4 or axis == 1 else 0)
+            widths[axis] = (0, count)
         if not any(map(any, widths)):
             return x
         # JAX shards evenly only, so in the gradient too the axis is whole before the padding is cut off.
@@ -211,7 +210,8 @@ def _padded(
         return jnp.pad(reshard(x, mesh, P(*whole)), widths, constant_values=fill)
 
     def pad_logits(x, spec):
-        return pad(x, spec, (2, on_q), (3, on_kv))
+        # An axis of 1 is broadcast.
+        return pad(x, spec, *((axis, count) for axis, count in ((2, on_q), (3, on_kv)) if x.shape[axis] > 1))
 
     q, k, v, q_tokens, kv_tokens, operands = tensors
     on_q, on_kv = missing

@@ -48,7 +48,7 @@ def keep(seed: UInt32[Array, "3"], rate: float, place: Place) -> Bool[Array, "..
     if place.q_segment is not None:
         row = _absorb(row, place.q_segment)
     column = _absorb(seed[1], place.kv_position)
-    # Two words of each row enter, so that rows alike in one of them still differ.
+    # A word of the row enters once more: pairs whose row ^ column agree would otherwise fall alike.
     shape = jnp.broadcast_shapes(row.shape, column.shape)
     row, column, second = (jnp.broadcast_to(x, shape) for x in (row, column, _mix(row ^ seed[2])))
     bits = _mix(_mix(row ^ column) + second)

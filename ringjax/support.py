@@ -32,7 +32,6 @@ class Feature:
         rule: further fields of the `Rule`.
         operands: which of the `Operands` there are.
         segments: whether there are packed documents.
-        layout: of the ring.
         dtype: of query, key and value.
     """
 
@@ -41,7 +40,6 @@ class Feature:
     rule: tuple[tuple[str, Any], ...] = ()
     operands: tuple[str, ...] = ()
     segments: bool = False
-    layout: str = "contiguous"
     dtype: str = "float32"
 
 
@@ -52,8 +50,8 @@ def _even(q_position, kv_position):
 FEATURES: dict[str, Feature] = {
     "full": Feature(text="full attention", mask=Full()),
     "causal": Feature(text="causal"),
-    "zigzag": Feature(text="zigzag layout", layout="zigzag"),
-    "striped": Feature(text="striped layout", layout="striped"),
+    "zigzag": Feature(text="zigzag layout"),
+    "striped": Feature(text="striped layout"),
     "window": Feature(text="sliding window (`local_window_size`)", mask=SlidingWindow(3, 2)),
     "prefix": Feature(text="prefix-LM", mask=PrefixLM(4)),
     "chunked": Feature(text="chunked-local", mask=Causal() & ChunkedLocal(4)),
