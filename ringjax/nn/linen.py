@@ -12,8 +12,8 @@ from ..biases import BiasFn
 from ..cache import KVCache
 from ..masks import Causal, Mask
 from ..ring import Ring, resolve_mesh
-from .decoding import attend_and_append, empty_cache, refuse
 from .functional import attention_fn as attention_fn
+from .layers import attend_and_append, empty_cache, refuse, resolve_heads
 from .rotary import Rotary
 
 __all__ = ["RingAttention", "attention_fn"]
@@ -101,18 +101,9 @@ class RingAttention(nn.Module):
             decode: whether to use the cache.
         """
         batch_size, length, num_features = x.shape
-        if self.head_size is None and num_features % self.num_heads:
-            raise ValueError(
-                f"the input's {num_features} features do not divide over num_heads={self.num_heads}; give "
-                f"head_size."
-            )
-        head_size = self.head_size or num_features // self.num_heads
-        num_kv_heads = self.num_kv_heads or self.num_heads
-        if self.rotary is not None and len(self.rotary.frequencies) * 2 != head_size:
-            raise ValueError(
-                f"rotary has {len(self.rotary.frequencies)} frequencies; head_size={head_size} needs "
-                f"{head_size // 2}."
-            )
+        num_kv_heads, head_size = resolve_heads(
+            num_features, self.num_heads, self.num_kv_heads, self.head_size, self.rotary
+        )
         mesh = resolve_mesh(self.mesh)
         given, cache, next_position = positions, None, None
         if decode:

@@ -15,7 +15,7 @@ from ..biases import BiasFn
 from ..cache import KVCache
 from ..masks import Causal, Mask
 from ..ring import Ring, resolve_mesh
-from .decoding import attend_and_append, empty_cache, refuse
+from .layers import attend_and_append, empty_cache, refuse, resolve_heads
 from .rotary import Rotary
 
 __all__ = ["RingAttention"]
@@ -92,21 +92,14 @@ class RingAttention(nnx.Module):
         kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
         rngs: nnx.Rngs,
     ):
-        if head_size is None and in_features % num_heads:
-            raise ValueError(
-                f"in_features={in_features} does not divide over num_heads={num_heads}; give head_size."
-            )
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_size = head_size or in_features // num_heads
+        self.num_heads = num_heads
+        self.num_kv_heads, self.head_size = resolve_heads(
+            in_features, num_heads, num_kv_heads, head_size, rotary
+        )
         self.rotary, self.mask, self.ring, self.mesh = rotary, mask, ring, mesh
         self.bias, self.logits_soft_cap = nnx.data(bias), logits_soft_cap
         self.dropout_rate, self.broadcast_dropout = dropout_rate, broadcast_dropout
         self.deterministic = deterministic
-        if rotary is not None and len(rotary.frequencies) * 2 != self.head_size:
-            raise ValueError(
-                f"rotary has {len(rotary.frequencies)} frequencies; head_size={self.head_size} needs "
-                f"{self.head_size // 2}."
-            )
 
         def linear(num_in, num_out):
             return nnx.Linear(

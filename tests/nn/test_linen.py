@@ -107,6 +107,15 @@ def test_decoding_is_the_full_pass(name: str, mesh: MakeMesh, x: jax.Array) -> N
     assert np.isnan(late).all(), "there was no slot left"
 
 
+def test_decoding_knows_which_heads_a_device_holds(x: jax.Array) -> None:
+    grid = jax.make_mesh((3, 2), ("ring", "model"), devices=jax.devices()[:6])
+    ring = Ring(head_axes="model")
+    _, _, layer = twins(x, grid, ring=ring, bias=ringjax.alibi(N), use_sinks=True)
+    layer.init_cache(2, T)
+    out = jnp.concatenate([layer(x[:, t : t + 8], decode=True) for t in range(0, T, 8)], axis=1)
+    helpers.assert_close(out, layer(x), "float32")
+
+
 def by_distance(table: jax.Array, head: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
     return table[head, jnp.clip(i - j, 0, 7)]
 

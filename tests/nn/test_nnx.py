@@ -288,7 +288,7 @@ def test_init_cache_starts_afresh(mesh: MakeMesh, rng: np.random.Generator) -> N
 
 
 def test_wrong_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"in_features=40 does not divide over num_heads=6; give head"):
+    with pytest.raises(ValueError, match=r"40 features do not divide over num_heads=6; give head"):
         RingAttention(6, 40, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"rotary has 4 frequencies; head_size=6 needs 3"):
         RingAttention(2, 12, rotary=Rotary.default(8), rngs=nnx.Rngs(0))

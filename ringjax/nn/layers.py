@@ -1,4 +1,4 @@
-"""Decoding with a cache that is split over the ring, as the nnx and the linen layer both do it."""
+"""What the nnx and the linen layer share: sizes, refusals, decoding with a cache split over the ring."""
 
 import functools as ft
 from typing import Any
@@ -16,8 +16,9 @@ from ..cache import KVCache
 from ..masks import Mask
 from ..partials import Partial
 from ..ring import Ring, place, reshard
+from .rotary import Rotary
 
-__all__ = ["attend_and_append", "empty_cache", "refuse"]
+__all__ = ["attend_and_append", "empty_cache", "refuse", "resolve_heads"]
 
 
 def empty_cache(
@@ -105,6 +106,24 @@ def _specs(ring: Ring) -> Any:
     batch, axis, heads, _ = ring.spec
     spec = P(batch, heads, axis, None)
     return KVCache._make((spec, spec, P(axis)))
+
+
+def resolve_heads(
+    num_features: int, num_heads: int, num_kv_heads: int | None, head_size: int | None, rotary: Rotary | None
+) -> tuple[int, int]:
+    """Key heads and head size of a layer, defaults filled in.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    if head_size is None and num_features % num_heads:
+        raise ValueError(f"{num_features} features do not divide over num_heads={num_heads}; give head_size.")
+    head_size = head_size or num_features // num_heads
+    if rotary is not None and len(rotary.frequencies) * 2 != head_size:
+        raise ValueError(
+            f"rotary has {len(rotary.frequencies)} frequencies; head_size={head_size} needs {head_size // 2}."
+        )
+    return num_kv_heads or num_heads, head_size
 
 
 def refuse(where: str, **given: object) -> None:
