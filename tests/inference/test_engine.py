@@ -37,7 +37,7 @@ CONFIG = DecoderConfig(
 )
 TIED = DecoderConfig(**{**CONFIG.__dict__, "tie_word_embeddings": True})
 RINGS = [(1, "contiguous"), (3, "zigzag"), (5, "contiguous"), (5, "zigzag"), (8, "contiguous"),
-         (8, "zigzag")]  # fmt: skip
+         (8, "zigzag"), (3, "striped")]  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(0, 97, 29).tolist()
 NEW = 12
 

@@ -5,11 +5,12 @@ import dataclasses
 import importlib.util
 import json
 import statistics
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ...layouts import Layout
 from ...models.checkpoints import CheckpointError
 from ...models.embedded import embedded_model_path
 from ..errors import user_errors
@@ -30,7 +31,7 @@ class BenchGeneration:
     """How many times each is measured, after one warm-up."""
     devices: int = 8
     """Size of the ring."""
-    layout: Literal["contiguous", "zigzag"] = "zigzag"
+    layout: Layout = "zigzag"
     """Which tokens a device holds."""
     json: bool = False
     """Print one JSON object instead of the table."""
