@@ -6,7 +6,11 @@
 import importlib
 from types import ModuleType
 
-from .attention import ring_attention as ring_attention, ring_attention_local as ring_attention_local
+from .attention import (
+    latent_attention as latent_attention,
+    ring_attention as ring_attention,
+    ring_attention_local as ring_attention_local,
+)
 from .biases import BiasFn as BiasFn, alibi as alibi
 from .kernels import BlockSizes as BlockSizes
 from .masks import (

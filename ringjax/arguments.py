@@ -275,16 +275,62 @@ def padded_length_of(length: int, side: str, *, ring: Ring, ring_size: int) -> i
     return ring.padded_length(length, ring_size)
 
 
-def check_split(q: jax.Array, k: jax.Array, mesh: Mesh | AbstractMesh, ring: Ring) -> None:
+def check_latents(q: jax.Array, latent: jax.Array, rotary_key: jax.Array, *ups: jax.Array) -> None:
+    """Raises unless the arrays of `latent_attention` fit together."""
+    shapes = [x.shape for x in (q, latent, rotary_key, *ups)]
+    if [len(shape) for shape in shapes] != [4, 3, 3, 3, 3]:
+        raise ValueError(
+            f"latent_attention takes query B T N H, latent B S R, rotary_key B S Hr, key_up R K Hk and "
+            f"value_up R K Hv; got {', '.join(map(str, shapes))}."
+        )
+    (batch, _, num_heads, head_size), (_, length, latent_size), rotary, key_up, value_up = shapes
+    checks = {
+        f"latent {shapes[1]} and query {shapes[0]} have different batch sizes": shapes[1][0] == batch,
+        f"rotary_key {rotary} is not of the latent's tokens, {shapes[1][:2]}": rotary[:2] == shapes[1][:2],
+        f"key_up {key_up} and value_up {value_up} do not begin with the latent's size, {latent_size}, "
+        f"and one number of heads": key_up[0] == value_up[0] == latent_size and key_up[1] == value_up[1],
+        f"the query's heads, {num_heads}, do not divide by those of key_up, {key_up[1]}": (
+            key_up[1] > 0 and num_heads % key_up[1] == 0
+        ),
+        f"the query's head size, {head_size}, is not that of key_up and rotary_key together, {key_up[2]} + "
+        f"{rotary[2]}": head_size == key_up[2] + rotary[2],
+        f"dtypes differ: {', '.join(str(x.dtype) for x in (q, latent, rotary_key, *ups))}": (
+            len({x.dtype for x in (q, latent, rotary_key, *ups)}) == 1
+        ),
+        "the latent has no tokens": length > 0,
+    }
+    for problem, fine in checks.items():
+        if not fine:
+            raise ValueError(f"latent_attention: {problem}.")
+
+
+def check_split(q: jax.Array, num_kv_heads: int, mesh: Mesh | AbstractMesh, ring: Ring) -> None:
     """Raises unless batch and heads divide over the mesh axes that split them."""
     for what, count, axes in (
         ("batch size", q.shape[0], ring.batch_axes),
         ("number of query heads", q.shape[2], ring.head_axes),
-        ("number of key heads", k.shape[2], ring.head_axes),
+        ("number of key heads", num_kv_heads, ring.head_axes),
     ):
         size = math.prod(mesh.shape[name] for name in axes)
         if count % size:
             raise ValueError(f"{what} {count} does not divide over mesh axes {axes} of size {size}.")
+
+
+def check_heads(num_heads: int, num_kv_heads: int, ring: Ring, axis_sizes: tuple[int, ...]) -> None:
+    """Raises unless the strategy can split the heads that one rank has."""
+    if ring.strategy in ("ulysses", "usp"):
+        size = axis_sizes[-1] if ring.strategy == "usp" else math.prod(axis_sizes)
+        if num_heads % size:
+            sizes = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
+            raise ValueError(
+                f"Ring(strategy={ring.strategy!r}) splits heads over {size} ranks, and {num_heads} do not "
+                f"divide. With {num_heads} heads it can be {sizes} ranks; with any other number, "
+                f"strategy='usp' over two axes, or 'ring'."
+            )
+    if num_kv_heads % ring.head_groups:
+        raise ValueError(
+            f"Ring(head_groups={ring.head_groups}): {num_kv_heads} key heads do not divide into that many."
+        )
 
 
 def check_implementation(implementation: Implementation | None) -> None:

@@ -1,7 +1,8 @@
-"""`ring_attention`, on whole arrays, and `ring_attention_local`, inside the caller's own `shard_map`."""
+"""`ring_attention` and `latent_attention`, on whole arrays, and `ring_attention_local`, in a `shard_map`."""
 
 import dataclasses
 import functools as ft
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -17,7 +18,9 @@ from .arguments import (
     MaskLike,
     PerSide,
     check_arrays,
+    check_heads,
     check_implementation,
+    check_latents,
     check_length,
     check_split,
     padded_length_of,
@@ -26,11 +29,12 @@ from .arguments import (
 )
 from .biases import BiasFn
 from .kernels import BlockSizes, Operands
+from .payloads import Latent, make_payload
 from .ring import Ring, reshard, resolve_mesh
 from .schedule import Schedule, make_schedule
 from .strategies import Problem, attend, get_strategy
 
-__all__ = ["ring_attention", "ring_attention_local"]
+__all__ = ["latent_attention", "ring_attention", "ring_attention_local"]
 
 
 @overload
@@ -151,9 +155,107 @@ def ring_attention(
     batched = arrays[0].ndim == 4
     q, k, v = arrays if batched else (x[None] for x in arrays)
     check_arrays(q, k, v)
+    out, lse = _over_mesh(
+        q, k, v, None, make_payload(ring.payload, q.shape[3]), bias, mask, segment_ids, positions,
+        (query_seq_lengths, key_value_seq_lengths), mesh, ring, scale=scale, is_causal=is_causal,
+        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
+        dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
+    )  # fmt: skip
+    if not batched:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_residual else out
+
+
+def latent_attention(
+    query: Float[Array, "B T N H"],
+    latent: Float[Array, "B S R"],
+    rotary_key: Float[Array, "B S Hr"],
+    key_up: Float[Array, "R K Hk"],
+    value_up: Float[Array, "R K Hv"],
+    bias: BiasFn | ArrayLike | None = None,
+    mask: MaskLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: PerSide | None = None,
+    positions: PerSide | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
+    mesh: Mesh | AbstractMesh | None = None,
+    ring: Ring = Ring(),
+) -> tuple[jax.Array, jax.Array]:
+    """Multi-head latent attention (MLA), of which only the latent and the rotary key travel.
+
+    The result is that of `ring_attention` with `key = [latent @ key_up, rotary_key]` and
+    `value = latent @ value_up`, which each rank makes of a shard when it arrives: R + Hr numbers a token on
+    the wire in place of K (Hk + Hr + Hv). The gradients of the latent travel as compressed, and those of
+    both expansions are summed in float32.
+
+    Args:
+        query: `B T N H`, `H = Hk + Hr`, the last Hr of them rotary.
+        latent: the compressed keys and values, `B S R`, in the query's dtype.
+        rotary_key: the part of the keys that carries position, one for all heads, `B S Hr`; Hr may be 0.
+        key_up: expands the latent to keys, `R K Hk`; K divides N.
+        value_up: expands it to values, `R K Hv`.
+        bias: this and all that follows, as in `ring_attention`.
+        mask: as there.
+        scale: as there; None means `1 / sqrt(H)`.
+        is_causal: as there.
+        query_seq_lengths: as there.
+        key_value_seq_lengths: as there.
+        local_window_size: as there.
+        segment_ids: as there.
+        positions: as there.
+        logits_soft_cap: as there.
+        sinks: as there.
+        dropout_rate: as there.
+        dropout_rng: as there.
+        broadcast_dropout: as there.
+        mesh: as there.
+        ring: as there; strategies that split heads are not supported, nor is a payload.
+
+    Returns:
+        The output `B T N Hv` in the query's dtype, and the log-sum-exp `B T N`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        NotImplementedError: a strategy that splits heads.
+
+    References:
+        DeepSeek-AI, "DeepSeek-V2", arXiv:2405.04434, section 2.1.
+    """
+    q, c, r, *constants = (jnp.asarray(x) for x in (query, latent, rotary_key, key_up, value_up))
+    check_latents(q, c, r, *constants)
+    if ring.payload is not None or ring.head_groups > 1:
+        raise ValueError(
+            f"latent_attention(ring=Ring(payload={ring.payload!r}, head_groups={ring.head_groups})): the "
+            f"latent is what travels, and it has no heads. Leave both out."
+        )
+    return _over_mesh(
+        q, c[:, :, None], r[:, :, None], tuple(constants), Latent(c.shape[2]), bias, mask, segment_ids,
+        positions, (query_seq_lengths, key_value_seq_lengths), mesh, ring, scale=scale, is_causal=is_causal,
+        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
+        dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
+    )  # fmt: skip
+
+
+def _over_mesh(
+    q, k, v, constants, payload, bias, mask, segment_ids, positions, seq_lengths, mesh, ring, **options
+) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp of whole arrays; `k` and `v` are what the payload takes."""
     mesh = resolve_mesh(mesh)
     ring_size = ring.size(mesh)
-    check_split(q, k, mesh, ring)
+    num_kv_heads = k.shape[2] if constants is None else constants[0].shape[1]
+    check_split(q, num_kv_heads, mesh, ring)
+    sizes = ring.axis_sizes(mesh)
+    split = math.prod(mesh.shape[name] for name in ring.head_axes)
+    check_heads(q.shape[2] // split, num_kv_heads // split, ring, sizes)
     lengths = (q.shape[1], k.shape[1])
     padded = tuple(map(ft.partial(padded_length_of, ring=ring, ring_size=ring_size), lengths, SIDES))
     tokens = tokens_of_both(
@@ -161,15 +263,11 @@ def ring_attention(
         [jnp.asarray(ring.positions(length, ring_size)[:length])[None] for length in lengths],
         segment_ids,
         positions,
-        (query_seq_lengths, key_value_seq_lengths),
+        seq_lengths,
     )
-    rule, operands = rule_and_operands(
-        q.shape, k.shape[1], bias, mask, scale=scale, is_causal=is_causal,
-        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
-        dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
-    )  # fmt: skip
-    problem = _problem(rule, operands, tokens, positions is None, padded, lengths, ring, ring_size)
-    tensors = _Tensors(q, k, v, tokens[0], tokens[1], operands)
+    rule, operands = rule_and_operands(q.shape, k.shape[1], bias, mask, **options)
+    problem = _problem(rule, operands, tokens, positions is None, padded, lengths, ring, sizes, payload)
+    tensors = _Tensors(q, k, v, constants, tokens[0], tokens[1], operands)
     missing = (padded[0] - lengths[0], padded[1] - lengths[1])
     tensors = _padded(tensors, missing, _specs(tensors, ring), mesh)
     tensors = jax.tree.map(lambda x, spec: reshard(x, mesh, spec), tensors, _specs(tensors, ring))
@@ -178,9 +276,7 @@ def ring_attention(
         # A length that does not divide cannot stay split: JAX shards evenly only.
         whole = P(ring.spec[0], None, ring.spec[2])
         out, lse = (reshard(x, mesh, whole)[:, : lengths[0]] for x in (out, lse))
-    if not batched:
-        out, lse = out[0], lse[0]
-    return (out, lse) if return_residual else out
+    return out, lse
 
 
 class _Tensors(NamedTuple):
@@ -189,6 +285,7 @@ class _Tensors(NamedTuple):
     q: Any
     k: Any
     v: Any
+    constants: Any
     q_tokens: Any
     kv_tokens: Any
     operands: Any
@@ -213,12 +310,13 @@ def _padded(
         # An axis of 1 is broadcast.
         return pad(x, spec, *((axis, count) for axis, count in ((2, on_q), (3, on_kv)) if x.shape[axis] > 1))
 
-    q, k, v, q_tokens, kv_tokens, operands = tensors
+    q, k, v, constants, q_tokens, kv_tokens, operands = tensors
     on_q, on_kv = missing
     return _Tensors(
         pad(q, specs.q, (1, on_q)),
         pad(k, specs.k, (1, on_kv)),
         pad(v, specs.v, (1, on_kv)),
+        constants,
         jax.tree.map(lambda x, spec: pad(x, spec, (1, on_q), fill=-1), q_tokens, specs.q_tokens),
         jax.tree.map(lambda x, spec: pad(x, spec, (1, on_kv), fill=-1), kv_tokens, specs.kv_tokens),
         operands._replace(
@@ -241,10 +339,12 @@ def _specs(tensors: _Tensors, ring: Ring) -> _Tensors:
 
     operands = tensors.operands
     specs: Any = Operands  # of the same form
+    kv = ring.spec if tensors.constants is None else P(batch, axis_name)  # latents have no heads
     return _Tensors(
         ring.spec,
-        ring.spec,
-        ring.spec,
+        kv,
+        kv,
+        jax.tree.map(lambda x: P(None, heads), tensors.constants),
         jax.tree.map(of_tokens, tensors.q_tokens),
         jax.tree.map(of_tokens, tensors.kv_tokens),
         specs(
@@ -261,11 +361,17 @@ def _specs(tensors: _Tensors, ring: Ring) -> _Tensors:
 def _attend(tensors: _Tensors, *, problem: Problem, mesh: Mesh | AbstractMesh, ring: Ring):
     """Compiled once per problem: outside jit, a `shard_map` alone would run operation by operation."""
     return jax.shard_map(
-        lambda tensors: attend(get_strategy(ring.strategy), *tensors, problem=problem),
+        lambda tensors: _attend_local(tensors, problem=problem, ring=ring),
         mesh=mesh,
         in_specs=(_specs(tensors, ring),),
         out_specs=(ring.spec, P(*ring.spec[:3])),
     )(tensors)
+
+
+def _attend_local(tensors: _Tensors, *, problem: Problem, ring: Ring):
+    q, k, v, *others = tensors
+    kv = jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2)
+    return attend(get_strategy(ring.strategy), ring.strategy, q, kv, *others, problem=problem)
 
 
 @overload
@@ -346,7 +452,10 @@ def ring_attention_local(
         NotImplementedError: when differentiated twice.
     """
     check_arrays(query, key, value)
-    ring_size = dataclasses.replace(ring, batch_axes=(), head_axes=()).size(resolve_mesh(None))
+    mesh = resolve_mesh(None)
+    ring_size = dataclasses.replace(ring, batch_axes=(), head_axes=()).size(mesh)
+    sizes = ring.axis_sizes(mesh)
+    check_heads(query.shape[2], key.shape[2], ring, sizes)
     shards = (query.shape[1], key.shape[1])
     lengths = (shards[0] * ring_size, shards[1] * ring_size)
     for length, side in zip(lengths, SIDES, strict=True):
@@ -367,23 +476,19 @@ def ring_attention_local(
         local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
     )  # fmt: skip
-    problem = _problem(rule, operands, tokens, positions is None, lengths, lengths, ring, ring_size)
-    out, lse = attend(
-        get_strategy(ring.strategy), query, key, value, tokens[0], tokens[1], operands, problem=problem
-    )
+    payload = make_payload(ring.payload, query.shape[3])
+    problem = _problem(rule, operands, tokens, positions is None, lengths, lengths, ring, sizes, payload)
+    tensors = _Tensors(query, key, value, None, tokens[0], tokens[1], operands)
+    out, lse = _attend_local(tensors, problem=problem, ring=ring)
     return (out, lse) if return_residual else out
 
 
-def _problem(rule, operands, tokens, own_positions, padded, lengths, ring, ring_size) -> Problem:
+def _problem(rule, operands, tokens, own_positions, padded, lengths, ring, axis_sizes, payload) -> Problem:
     """Every default resolved."""
-    shards = tuple(length // ring_size for length in padded)
     return Problem(
-        axis_name=ring.axis_name,
-        schedule=(
-            make_schedule(rule.mask, ring.layout, ring_size, *shards)
-            if own_positions
-            else Schedule.every_shard(ring_size)
-        ),
+        axis_names=ring.axis_names,
+        axis_sizes=axis_sizes,
+        schedule=_schedule(rule.mask, own_positions, padded, ring, axis_sizes),
         layout=ring.layout,
         q_length=lengths[0],
         kv_length=lengths[1],
@@ -394,8 +499,26 @@ def _problem(rule, operands, tokens, own_positions, padded, lengths, ring, ring_
             or operands.mask is not None
             or not rule.mask.is_exact(consecutive=ring.layout != "striped")
         ),
+        payload=payload,
+        head_groups=ring.head_groups,
         kernel="blockwise" if ring.kernel == "auto" else ring.kernel,
         block_sizes=ring.block_sizes or BlockSizes(),
         batch_axes=ring.batch_axes,
         head_axes=ring.head_axes,
     )
+
+
+def _schedule(mask, own_positions: bool, padded, ring: Ring, axis_sizes: tuple[int, ...]) -> Schedule:
+    """The hops of what travels from rank to rank."""
+    ring_size = math.prod(axis_sizes)
+    match ring.strategy:
+        case "ulysses" | "all_gather":
+            group = ring_size
+        case "usp":
+            group = axis_sizes[-1]
+        case _:
+            group = 1
+    if not own_positions:
+        return Schedule.every_shard(ring_size // group, bidirectional=ring.bidirectional)
+    shards = tuple(length // ring_size for length in padded)
+    return make_schedule(mask, ring.layout, ring_size, *shards, group=group, bidirectional=ring.bidirectional)

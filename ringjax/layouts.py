@@ -57,7 +57,7 @@ def runs(layout: Layout, rank, ring_size: int, shard_length: int) -> list[Run]:
 
 
 def local_positions(
-    layout: Layout, rank: jax.Array, ring_size: int, shard_length: int, length: int
+    layout: Layout, rank: jax.Array | int, ring_size: int, shard_length: int, length: int
 ) -> jax.Array:
     """Positions of the shard of `rank`, int32 `shard_length`; -1 from `length` on (padding)."""
     natural = jnp.concatenate(

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from . import layouts
 from .kernels.base import BlockSizes, KernelName
 from .layouts import Layout
+from .payloads import PayloadName
 from .strategies.base import Strategy
 
 __all__ = ["Ring", "shard_sequence", "unshard_sequence"]
@@ -30,7 +31,23 @@ class Ring:
             an early and a late run of it, and so equal work under a causal mask; `"striped"` deals the tokens
             out one by one, which makes the work of each hop equal but for a token. Both want their arrays in
             that order (`shard_sequence`). Windows save no hops in striped layout.
-        strategy: what travels; `"ring"` rotates keys and values. `"auto"` chooses.
+        strategy: what travels, and how; the result is the same.
+
+            - `"ring"`: keys and values, from rank to rank. `"auto"` means this.
+            - `"ring_q"`: queries, with their results; for few queries against many keys.
+            - `"double_ring"`: keys and values, round the second of two axes, and once a round along the
+              first: `axis_name=("host", "device")`.
+            - `"all_gather"`: keys and values at once; every rank then holds them all.
+            - `"ulysses"`: heads; every rank then holds the whole sequence of N / P of them.
+            - `"usp"`: heads over the last of several axes, keys and values round the others:
+              `axis_name=("ring", "ulysses")`.
+        bidirectional: half of the shards come from the other side, so that both directions of every link work
+            and a ring takes half as many steps; with `"ring"` and `"ring_q"`.
+        payload: the form in which keys and values travel: None is as they are, `"bfloat16"` rounds them,
+            `"int8"` and `"float8"` (E4M3) send a byte for each and a scale for every token and head. Their
+            gradients are as if nothing had been rounded, and travel in float32.
+        head_groups: `"all_gather"` gathers keys and values in so many pieces, one after the other, and so
+            needs as many times less memory for them.
         kernel: how one shard meets one shard; `"blockwise"` is plain XLA. `"auto"` chooses.
         block_sizes: tiles inside the kernel; None takes the table's entry for the platform.
         batch_axes: mesh axes that the batch is split over.
@@ -48,6 +65,9 @@ class Ring:
     _: dataclasses.KW_ONLY
     layout: Layout = "contiguous"
     strategy: Strategy | Literal["auto"] = "auto"
+    bidirectional: bool = False
+    payload: PayloadName | None = None
+    head_groups: int = 1
     kernel: KernelName | Literal["auto"] = "auto"
     block_sizes: BlockSizes | None = None
     batch_axes: tuple[str, ...] = ()
@@ -56,6 +76,7 @@ class Ring:
     def __post_init__(self):
         _require_one_of("layout", self.layout, get_args(Layout))
         _require_one_of("strategy", self.strategy, ("auto", *get_args(Strategy)))
+        _require_one_of("payload", self.payload, (None, *get_args(PayloadName)))
         _require_one_of("kernel", self.kernel, ("auto", *get_args(KernelName)))
         for name in ("batch_axes", "head_axes"):
             axes = getattr(self, name)
@@ -72,6 +93,30 @@ class Ring:
             raise ValueError(
                 f"Ring uses a mesh axis twice: axis_name={self.axis_name!r}, "
                 f"batch_axes={self.batch_axes!r}, head_axes={self.head_axes!r}. Name each axis once."
+            )
+        self._check_strategy()
+
+    def _check_strategy(self) -> None:
+        """Raises where a field means nothing with this strategy."""
+        strategy, axes = self.strategy, len(self.axis_names)
+        if strategy == "double_ring" and axes != 2:
+            raise ValueError(
+                f"Ring(strategy='double_ring', axis_name={self.axis_name!r}) needs two mesh axes, that "
+                f"between hosts and that within one, such as axis_name=('host', 'device')."
+            )
+        if strategy == "usp" and axes < 2:
+            raise ValueError(
+                f"Ring(strategy='usp', axis_name={self.axis_name!r}) needs two mesh axes, the last for "
+                f"heads, such as axis_name=('ring', 'ulysses'). Over one axis that is 'ulysses' or 'ring'."
+            )
+        if self.bidirectional and strategy not in ("auto", "ring", "ring_q"):
+            raise ValueError(
+                f"Ring(strategy={strategy!r}, bidirectional=True): only 'ring' and 'ring_q' have a direction."
+            )
+        if self.head_groups < 1 or (self.head_groups > 1 and strategy != "all_gather"):
+            raise ValueError(
+                f"Ring(strategy={strategy!r}, head_groups={self.head_groups}): a number from 1 on, and only "
+                f"strategy='all_gather' can have more than 1."
             )
 
     @property
@@ -103,7 +148,11 @@ class Ring:
                 f"Ring(axis_name={self.axis_name!r}) names axes in another order than the mesh, whose "
                 f"axes are {mesh.axis_names}. Write axis_name={in_order!r}."
             )
-        return math.prod(mesh.shape[name] for name in self.axis_names)
+        return math.prod(self.axis_sizes(mesh))
+
+    def axis_sizes(self, mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
+        """How many devices each of the ring's axes has."""
+        return tuple(mesh.shape[name] for name in self.axis_names)
 
     def multiple(self, ring_size: int) -> int:
         """What the length of a sequence in this layout must divide by."""

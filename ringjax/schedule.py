@@ -20,7 +20,7 @@ class Schedule:
     At offset o rank r meets the shard of rank (r - o) mod P. Every rank meets its own first, offset 0. A leg
     is a journey that starts from there again and goes in one direction: shards move on to rank + 1 on the
     way to positive offsets, to rank - 1 on the way to negative ones. Each offset is one permute, by as many
-    ranks as lie between it and the one before.
+    ranks as lie between it and the one before. Two legs go in step, a permute in each direction at a time.
 
     Attributes:
         ring_size: number of ranks, P.
@@ -44,14 +44,28 @@ class Schedule:
         """How many permutes there are: one for every shard met but the own."""
         return sum(map(len, self.legs))
 
+    @property
+    def steps(self) -> int:
+        """How many times a rank waits for a shard, or for one from either side."""
+        return max(map(len, self.legs), default=0)
+
     @classmethod
-    def every_shard(cls, ring_size: int) -> Self:
+    def every_shard(cls, ring_size: int, *, bidirectional: bool = False) -> Self:
         """All meet all: for positions that are data, of which nothing is known here."""
-        return cls(ring_size, _legs(list(range(1, ring_size)), ring_size))
+        return cls(ring_size, _legs(list(range(1, ring_size)), ring_size, bidirectional))
 
 
 @ft.lru_cache(maxsize=256)
-def make_schedule(mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_shard: int) -> Schedule:
+def make_schedule(
+    mask: Mask,
+    layout: Layout,
+    ring_size: int,
+    q_shard: int,
+    kv_shard: int,
+    *,
+    group: int = 1,
+    bidirectional: bool = False,
+) -> Schedule:
     """The shortest journey on which every rank meets every key it attends to.
 
     Args:
@@ -60,19 +74,26 @@ def make_schedule(mask: Mask, layout: Layout, ring_size: int, q_shard: int, kv_s
         ring_size: number of ranks.
         q_shard: queries per rank.
         kv_shard: keys per rank.
+        group: how many ranks in a row act as one, on a ring of `ring_size / group`.
+        bidirectional: whether half of the shards are met the other way round.
     """
-    needed = live_hops(mask, layout, ring_size, q_shard, kv_shard).any(axis=0)
-    return Schedule(ring_size, _legs([int(h) for h in np.flatnonzero(needed) if h], ring_size))
+    live = live_hops(mask, layout, ring_size, q_shard, kv_shard)
+    ranks, hops = np.nonzero(live)
+    needed = np.unique((ranks // group - (ranks - hops) % ring_size // group) % (ring_size // group))
+    size = ring_size // group
+    return Schedule(size, _legs([int(h) for h in needed if h], size, bidirectional))
 
 
-def _legs(needed: list[int], ring_size: int) -> tuple[tuple[int, ...], ...]:
+def _legs(needed: list[int], ring_size: int, bidirectional: bool) -> tuple[tuple[int, ...], ...]:
     """The offsets (ascending, from 1 to P - 1) cut in two where the ways out add up to the least.
 
-    Those past the cut are reached the other way round, at offset - P; of equal cuts the last is taken.
+    Those past the cut are reached the other way round, at offset - P; of equal cuts the last is taken. In
+    both directions it is the longer way that is to be short, and then the one with more stops.
     """
 
-    def distance(cut: int) -> int:
-        return max(needed[:cut], default=0) + ring_size - min(needed[cut:], default=ring_size)
+    def distance(cut: int) -> tuple[int, ...]:
+        ahead, back = max(needed[:cut], default=0), ring_size - min(needed[cut:], default=ring_size)
+        return (max(ahead, back), max(cut, len(needed) - cut)) if bidirectional else (ahead + back,)
 
     cut = min(range(len(needed), -1, -1), key=distance)
     ahead, back = needed[:cut], [h - ring_size for h in reversed(needed[cut:])]

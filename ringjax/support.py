@@ -14,6 +14,7 @@ import numpy as np
 from .biases import alibi
 from .kernels import BlockSizes, KernelName, Operands, Rule, Tile, get_kernel
 from .masks import Causal, ChunkedLocal, Full, Mask, MaskFn, PrefixLM, SlidingWindow, Tokens
+from .payloads import AsIs, Cast, Latent, Payload
 from .ring import Strategy
 from .strategies import get_strategy
 
@@ -32,6 +33,7 @@ class Feature:
         rule: further fields of the `Rule`.
         operands: which of the `Operands` there are.
         segments: whether there are packed documents.
+        payload: what travels.
         dtype: of query, key and value.
     """
 
@@ -40,6 +42,7 @@ class Feature:
     rule: tuple[tuple[str, Any], ...] = ()
     operands: tuple[str, ...] = ()
     segments: bool = False
+    payload: Payload = dataclasses.field(default_factory=AsIs)
     dtype: str = "float32"
 
 
@@ -75,6 +78,11 @@ FEATURES: dict[str, Feature] = {
     "low_precision": Feature(text="bfloat16, float16 in; float32 inside", dtype="bfloat16"),
     "float64": Feature(text="float64 in and inside (x64)", dtype="float64"),
     "residual": Feature(text="log-sum-exp with its exact cotangent"),
+    "payload": Feature(
+        text='payloads `"bfloat16"`, `"int8"`, `"float8"`, gradients straight through',
+        payload=Cast("bfloat16"),
+    ),
+    "latent": Feature(text="latent keys and values (`latent_attention`)", payload=Latent(1)),
 }
 
 
@@ -90,7 +98,7 @@ def reason_against(feature: Feature, strategy: Strategy, kernel: KernelName) -> 
         rule=Rule(mask=feature.mask, scale=1.0, **dict(feature.rule)),
         block_sizes=BlockSizes(),
     )
-    return get_strategy(strategy).supports(tile) or get_kernel(kernel).supports(
+    return get_strategy(strategy).supports(tile, feature.payload) or get_kernel(kernel).supports(
         tile, jnp.dtype(feature.dtype), "cpu"
     )
 

@@ -27,11 +27,11 @@ from ringjax.masks import Mask
 AXIS_TYPES = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}
 
 
-def grid(*shape: int, axis_type: AxisType = AxisType.Explicit) -> Mesh:
-    """The first devices on the axes "data", "ring" and "model"."""
-    names = ("data", "ring", "model")[: len(shape)]
-    size = int(np.prod(shape))
-    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape), devices=jax.devices()[:size])
+def grid(*, axis_type: AxisType = AxisType.Explicit, **axes: int) -> Mesh:
+    """The first devices on the axes named."""
+    size = int(np.prod(list(axes.values())))
+    types = (axis_type,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=jax.devices()[:size])
 
 
 def shard_mapped(f, mesh: Mesh, in_specs: tuple, out_specs: Any, **kwargs):
@@ -159,6 +159,9 @@ class Case:
     axis_types: str = "explicit"
     strategy: str = "auto"
     kernel: str = "auto"
+    inner: int | None = None  # the ring over two axes, the second of this size
+    bidirectional: bool = False
+    head_groups: int = 1
 
     def __str__(self) -> str:
         changed = [
@@ -176,15 +179,19 @@ class Case:
     def ring(self) -> Ring:
         sizes = self.blocks and BlockSizes(q=self.blocks[0], kv=self.blocks[1])
         axes = {"batch_axes": "data", "head_axes": "model"} if self.split else {}
-        return Ring(layout=self.layout, block_sizes=sizes, strategy=self.strategy, kernel=self.kernel, **axes)
+        return Ring(
+            ("outer", "inner") if self.inner else "ring", layout=self.layout, block_sizes=sizes,
+            strategy=self.strategy, kernel=self.kernel, bidirectional=self.bidirectional,
+            head_groups=self.head_groups, **axes,
+        )  # fmt: skip
 
     @property
     def mesh(self) -> Mesh:
-        axis_type = AXIS_TYPES[self.axis_types]
-        if self.split:
-            return grid(2, self.ring_size, 2, axis_type=axis_type)
-        return jax.make_mesh(
-            (self.ring_size,), ("ring",), axis_types=(axis_type,), devices=jax.devices()[: self.ring_size]
+        ring = {"ring": self.ring_size}
+        if self.inner:
+            ring = {"outer": self.ring_size // self.inner, "inner": self.inner}
+        return grid(
+            axis_type=AXIS_TYPES[self.axis_types], **({"data": 2, **ring, "model": 2} if self.split else ring)
         )
 
     @property
@@ -389,7 +396,7 @@ def check(rng: np.random.Generator, case: Case) -> None:
     assert like(grads) == like(drawn.floats)
     divides = case.T % case.ring.multiple(case.ring_size) == 0
     batch, heads = ("data", "model") if case.split else (None, None)
-    spec = P(batch, "ring" if divides else None, heads)
+    spec = P(batch, case.ring.axis_name if divides else None, heads)
     for x in (out, lse):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), x.sharding
 

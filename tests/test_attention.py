@@ -236,7 +236,7 @@ def assert_matches_oracle(rng, attend, q, k, v, mask, *, jit=jax.jit):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
 def test_batch_and_heads_are_split_too(rng, axis_type) -> None:
-    mesh = grid(2, 2, 2, axis_type=axis_type)
+    mesh = grid(data=2, ring=2, model=2, axis_type=axis_type)
     ring = Ring(layout="zigzag", batch_axes=("data",), head_axes="model")
     q, k, v = helpers.random_qkv(rng, B=4, T=16, N=4, K=2)
     segments = np.sort(rng.integers(0, 3, (4, 16)))
@@ -252,7 +252,7 @@ def test_batch_and_heads_are_split_too(rng, axis_type) -> None:
 
 
 def test_length_that_does_not_divide_keeps_batch_and_heads_split(rng) -> None:
-    mesh = grid(2, 2, 2)
+    mesh = grid(data=2, ring=2, model=2)
     ring = Ring(batch_axes="data", head_axes="model")
     q, k, v = helpers.random_qkv(rng, T=9, K=2)
     out = ring_attention(q, k, v, is_causal=True, mesh=mesh, ring=ring)
@@ -266,11 +266,11 @@ def test_two_axes_make_one_ring(rng) -> None:
     q, k, v = helpers.random_qkv(rng, T=24, K=2)
     mask = helpers.position_mask(order("zigzag", 24, 6), causal=True)
     attend = ft.partial(
-        ring_attention, is_causal=True, mesh=grid(3, 2), ring=Ring(names, layout="zigzag"),
+        ring_attention, is_causal=True, mesh=grid(data=3, ring=2), ring=Ring(names, layout="zigzag"),
         return_residual=True,
     )  # fmt: skip
     out, _ = assert_matches_oracle(rng, attend, q, k, v, mask)
-    assert out.sharding.is_equivalent_to(NamedSharding(grid(3, 2), P(None, names)), 4)
+    assert out.sharding.is_equivalent_to(NamedSharding(grid(data=3, ring=2), P(None, names)), 4)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
@@ -279,7 +279,7 @@ def test_axes_that_the_ring_does_not_name_change_nothing(rng, axis_type) -> None
     attend = ft.partial(
         ring_attention,
         is_causal=True,
-        mesh=grid(2, 2, 2, axis_type=axis_type),
+        mesh=grid(data=2, ring=2, model=2, axis_type=axis_type),
         return_residual=True,
     )
     assert_matches_oracle(rng, attend, *arrays, helpers.causal_mask(16, 16))
@@ -289,10 +289,12 @@ def test_axes_in_another_order_than_the_mesh_are_refused(rng) -> None:
     arrays, ring = helpers.random_qkv(rng, T=12), Ring(("ring", "data"))
     text = r"Ring\(axis_name=\('ring', 'data'\)\) .* Write axis_name=\('data', 'ring'\)"
     with pytest.raises(ValueError, match=text):
-        ring_attention(*arrays, mesh=grid(3, 2), ring=ring)
+        ring_attention(*arrays, mesh=grid(data=3, ring=2), ring=ring)
     local = ft.partial(ring_attention_local, ring=ring)
     with pytest.raises(ValueError, match=text):
-        shard_mapped(local, grid(3, 2), (P(None, ring.axis_name),) * 3, P(None, ring.axis_name))(*arrays)
+        shard_mapped(local, grid(data=3, ring=2), (P(None, ring.axis_name),) * 3, P(None, ring.axis_name))(
+            *arrays
+        )
 
 
 @pytest.mark.parametrize("axis_types", ["explicit", "auto"])
@@ -510,7 +512,7 @@ def test_local_inside_the_callers_shard_map(rng, mesh, layout, check_vma) -> Non
 
 def test_local_takes_rows_of_a_bias_and_knows_its_heads(rng) -> None:
     """The same as from outside: bias, mask, dropout, sinks and a function of the head."""
-    devices = grid(2, 2, 2)
+    devices = grid(data=2, ring=2, model=2)
     ring = Ring(layout="zigzag", batch_axes=("data",), head_axes="model")
     q, k, v = helpers.random_qkv(rng, T=16, S=24, K=2)
     mask = jnp.asarray(rng.random((2, 1, 16, 24)) < 0.8)

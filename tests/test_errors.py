@@ -176,7 +176,7 @@ def test_ring_without_an_axis_is_refused() -> None:
 def test_mesh_must_be_there_and_fit(mesh) -> None:
     with pytest.raises(ValueError, match=re.escape("no mesh: pass mesh=jax.make_mesh((jax.device")):
         ring_attention(*qkv())
-    devices = grid(2, 2, 2)
+    devices = grid(data=2, ring=2, model=2)
     attend = ft.partial(ring_attention, mesh=devices)
     with pytest.raises(ValueError, match=r"batch size 3 does not divide over mesh axes \('data',\)"):
         attend(*qkv(B=3), ring=Ring(batch_axes="data"))

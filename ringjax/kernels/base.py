@@ -3,13 +3,13 @@
 A kernel is a module with three functions:
 
     forward(q, kv, tile, into)                         -> Partial, `into` and this shard's keys merged
-    backward(q, kv, lse, delta, dout, tile, into)      -> (Gradients, `into` and this shard's; dkv)
+    backward(q, kv, lse, delta, dout, tile, into)      -> Gradients, `into` and what this meeting adds
     supports(tile, dtype, platform)                    -> None, or the reason why not
 
-with `q` and `dout` as `B T N H`, and keys and values fused on their last axis, `kv` `B S K (H + Hv)`: the
-form in which they travel, so that no kernel needs a copy of a shard to take them apart. `lse` and `delta`
-are the global ones, `delta = sum(dout * out) - dlse`. Accumulators are float32, or float64 for float64
-inputs.
+with `q` and `dout` as `B T N H`, and keys and values fused on their last axis and head by head, `kv`
+`B K S (H + Hv)`: the form in which they travel, so that no kernel needs a copy of a shard to take them apart,
+and a block of keys is one piece of memory. `lse` and `delta` are the global ones,
+`delta = sum(dout * out) - dlse`. Accumulators are float32, or float64 for float64 inputs.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class BlockSizes:
     """Tile of a kernel, in tokens: `q` queries (of every head in a group) by `kv` keys."""
 
     q: int = 256
-    kv: int = 256
+    kv: int = 128
 
     def __post_init__(self):
         if self.q < 1 or self.kv < 1:
@@ -77,7 +77,8 @@ class Operands(NamedTuple):
     """What a call may bring beside queries, keys and values; None where it does not.
 
     Attributes:
-        bias: added to the logits: this rank's queries, by the keys of all ranks in layout order.
+        bias: added to the logits: this rank's queries, by the keys of all ranks in layout order (or, where
+            queries travel, the queries of all ranks by this rank's keys).
         mask: True where a query attends to a key, likewise.
         bias_parameters: of the rule's `bias_fn`.
         sinks: a logit for each head that takes weight and gives no value; merged in outside the kernels.
@@ -92,9 +93,10 @@ class Operands(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Sums over all shards met so far, in the accumulators' dtype; None for what there is not."""
+    """Sums over what has been met so far, in the accumulators' dtype; None for what there is not."""
 
     dq: Float[Array, "B T N H"]
+    dkv: Float[Array, "B K S HHv"]
     dbias: Float[Array, "#B #N #T #S_all"] | None = None
     dbias_parameters: Any = None
 
@@ -108,24 +110,29 @@ class Tile:
         q: positions and segments of the queries, `B T` or `1 T`.
         kv: of the keys, `B S` or `1 S`.
         operands: what else the call brought.
-        kv_start: which of the operands' keys is the first of this shard.
+        q_start: which of the operands' queries is the first of this shard.
+        kv_start: which of their keys is.
         batch_start: which row of the whole batch is this rank's first.
         head_start: which head of the whole model is this rank's first.
         rule: how logits become weights.
         block_sizes: tile of the kernel.
-        runs: into how many runs of consecutive tokens a shard falls; no block crosses from one to the next.
+        q_runs: into how many runs of consecutive tokens the queries fall; no block crosses from one to the
+            next.
+        kv_runs: likewise the keys.
         refine: whether verdicts from extremes alone may miss empty blocks, so that blocks are looked at.
     """
 
     q: Tokens
     kv: Tokens
     operands: Operands = dataclasses.field(default_factory=Operands)
+    q_start: jax.Array | int = 0
     kv_start: jax.Array | int = 0
     batch_start: jax.Array | int = 0
     head_start: jax.Array | int = 0
     rule: Rule = dataclasses.field(metadata={"static": True})
     block_sizes: BlockSizes = dataclasses.field(metadata={"static": True})
-    runs: int = dataclasses.field(default=1, metadata={"static": True})
+    q_runs: int = dataclasses.field(default=1, metadata={"static": True})
+    kv_runs: int = dataclasses.field(default=1, metadata={"static": True})
     refine: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
@@ -221,7 +228,7 @@ def _refined(verdict: Int[Array, "B nq nk"], tile: Tile, q: Blocks, kv: Blocks) 
         batch, i, j = jnp.unravel_index(at, shape)
         pairs = attends(tile.rule.mask, pick(q_tokens, batch, i), pick(kv_tokens, batch, j))
         if mask is not None:
-            starts = jnp.asarray(q.starts)[i], tile.kv_start + jnp.asarray(kv.starts)[j]
+            starts = tile.q_start + jnp.asarray(q.starts)[i], tile.kv_start + jnp.asarray(kv.starts)[j]
             given = block_of(mask, batch, 0, *starts, (mask.shape[1], q.size, kv.size))
             some, every = (pairs & given.any(axis=0)).any(), (pairs & given.all(axis=0)).all()
         else:

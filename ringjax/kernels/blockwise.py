@@ -43,7 +43,7 @@ def supports(tile: Tile, dtype: DTypeLike, platform: str) -> str | None:
 
 def forward(
     q: Float[Array, "B T N H"],
-    kv: Float[Array, "B S K HHv"],
+    kv: Float[Array, "B K S HHv"],
     tile: Tile,
     into: Partial,
 ) -> Partial:
@@ -90,18 +90,17 @@ def forward(
 
 def backward(
     q: Float[Array, "B T N H"],
-    kv: Float[Array, "B S K HHv"],
+    kv: Float[Array, "B K S HHv"],
     lse: Float[Array, "B T N"],
     delta: Float[Array, "B T N"],
     dout: Float[Array, "B T N Hv"],
     tile: Tile,
     into: Gradients,
-) -> tuple[Gradients, Float[Array, "B S K HHv"]]:
-    """Adds to `into` what this shard of keys contributes, and gives the gradient of that shard."""
+) -> Gradients:
+    """Adds to `into` what the meeting of these two shards contributes."""
     grid = _Grid(q, kv, tile)
 
-    def row(index, state):
-        gradients, dkv = state
+    def row(index, gradients):
         at = grid.row(index)
         q_rows, dout_rows = grid.rows(q, at) * tile.rule.scale, grid.rows(dout, at)
         delta_rows, lse_rows = grid.rows(delta, at)[None], grid.rows(lse, at)[None]
@@ -112,7 +111,7 @@ def backward(
 
         def fold(masked):
             def body(visit, state):
-                dq_columns, gradients, dkv = state
+                dq_columns, gradients = state
                 keys, values, kv_at = grid.kv_block(kv, at, visit)
                 # Keys by rows, and dq by its transpose: no product then has a large operand to transpose.
                 logits = grid.logits(keys, q_rows, at, kv_at, masked, keys_first=True)
@@ -127,16 +126,16 @@ def backward(
                 gradients = grid.add_biases(gradients, dlogits, at, kv_at)
                 dkv_block = jnp.concatenate([_matmul(dlogits, q_rows), _matmul(dropped, dout_rows)], axis=-1)
                 dq_columns += _matmul(keys.T, dlogits)
-                return dq_columns, gradients, grid.add_kv_block(dkv, dkv_block, at, kv_at)
+                dkv = grid.add_kv_block(gradients.dkv, dkv_block, at, kv_at)
+                return dq_columns, gradients._replace(dkv=dkv)
 
             return body
 
-        dq_columns, gradients, dkv = grid.visit_all(at, fold, (jnp.zeros_like(q_rows.T), gradients, dkv))
+        dq_columns, gradients = grid.visit_all(at, fold, (jnp.zeros_like(q_rows.T), gradients))
         dq_rows = grid.rows(gradients.dq, at) + dq_columns.T * tile.rule.scale
-        return gradients._replace(dq=grid.put_rows(gradients.dq, dq_rows, at)), dkv
+        return gradients._replace(dq=grid.put_rows(gradients.dq, dq_rows, at))
 
-    dkv = jnp.zeros_like(kv, dtype=into.dq.dtype)
-    return lax.fori_loop(jnp.int32(0), grid.num_rows, row, (into, dkv))
+    return lax.fori_loop(jnp.int32(0), grid.num_rows, row, into)
 
 
 class _Row(NamedTuple):
@@ -166,12 +165,12 @@ class _Grid:
 
     def __init__(self, q: jax.Array, kv: jax.Array, tile: Tile):
         self.batch, q_length, num_heads, self.head_size = q.shape
-        _, kv_length, self.num_kv_heads, _ = kv.shape
+        _, self.num_kv_heads, kv_length, _ = kv.shape
         self.groups = num_heads // self.num_kv_heads
         self.tile, self.rule, self.operands = tile, tile.rule, tile.operands
         self.dtype = accumulator_dtype(q.dtype)
-        self.q_blocks = Blocks.cut(q_length, tile.block_sizes.q, tile.runs)
-        self.kv_blocks = Blocks.cut(kv_length, tile.block_sizes.kv, tile.runs)
+        self.q_blocks = Blocks.cut(q_length, tile.block_sizes.q, tile.q_runs)
+        self.kv_blocks = Blocks.cut(kv_length, tile.block_sizes.kv, tile.kv_runs)
         self.q_size, self.kv_size = self.q_blocks.size, self.kv_blocks.size
         self.q_tokens, self.kv_tokens = self.q_blocks.of(tile.q), self.kv_blocks.of(tile.kv)
         self.visits = visits(tile, self.q_blocks, self.kv_blocks)
@@ -218,19 +217,17 @@ class _Grid:
         block = self.visits.blocks[of_batch(self.visits.blocks, at.batch), at.block, visit]
         start = jnp.asarray(self.kv_blocks.starts)[block]
         kv_at = _KVBlock(start, pick(self.kv_tokens, at.batch, block))
-        fused = lax.dynamic_slice(kv, self._kv_index(at, kv_at), (1, self.kv_size, 1, kv.shape[-1])).reshape(
-            self.kv_size, kv.shape[-1]
-        )
-        fused = fused.astype(self.dtype)
+        fused = lax.dynamic_slice(kv, self._kv_index(at, kv_at), (1, 1, self.kv_size, kv.shape[-1]))
+        fused = fused.reshape(self.kv_size, kv.shape[-1]).astype(self.dtype)
         return fused[:, : self.head_size], fused[:, self.head_size :], kv_at
 
     def add_kv_block(self, x: jax.Array, block: jax.Array, at: _Row, kv_at: _KVBlock) -> jax.Array:
         index = self._kv_index(at, kv_at)
-        block = block.reshape(1, self.kv_size, 1, -1)
+        block = block.reshape(1, 1, self.kv_size, -1)
         return lax.dynamic_update_slice(x, lax.dynamic_slice(x, index, block.shape) + block, index)
 
     def _kv_index(self, at: _Row, kv_at: _KVBlock) -> tuple:
-        return (at.batch, kv_at.start, at.head, jnp.zeros_like(at.head))
+        return (at.batch, at.head, kv_at.start, jnp.zeros_like(at.head))
 
     def logits(
         self, a: jax.Array, b: jax.Array, at: _Row, kv_at: _KVBlock, masked: bool, *, keys_first: bool = False
@@ -279,8 +276,8 @@ class _Grid:
         by_group = dlogits.T.reshape(self.q_size, self.groups, self.kv_size)
         if gradients.dbias is not None:
             dbias = add_block(
-                gradients.dbias, jnp.swapaxes(by_group, 0, 1), at.batch, at.head * self.groups, at.start,
-                self.tile.kv_start + kv_at.start,
+                gradients.dbias, jnp.swapaxes(by_group, 0, 1), at.batch, at.head * self.groups,
+                self.tile.q_start + at.start, self.tile.kv_start + kv_at.start,
             )  # fmt: skip
             gradients = gradients._replace(dbias=dbias)
         if self.rule.bias_fn is not None:
@@ -315,8 +312,10 @@ class _Grid:
 
     def _operand(self, x: jax.Array, at: _Row, kv_at: _KVBlock) -> jax.Array:
         """The block of a bias or mask, `queries heads keys`, each 1 where it is broadcast."""
-        head, kv_start = at.head * self.groups, self.tile.kv_start + kv_at.start
-        block = block_of(x, at.batch, head, at.start, kv_start, (self.groups, self.q_size, self.kv_size))
+        starts = self.tile.q_start + at.start, self.tile.kv_start + kv_at.start
+        block = block_of(
+            x, at.batch, at.head * self.groups, *starts, (self.groups, self.q_size, self.kv_size)
+        )
         return jnp.swapaxes(block, 0, 1)
 
     def _as_rows(self, x: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def tile_of(q_positions, kv_positions, mask=None, blocks=(256, 256), segments=(N
 
 
 def fused(k: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.concatenate([k, v], axis=-1)
+    return jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2)
 
 
 def nothing(q: jax.Array, v: jax.Array) -> partials.Partial:
@@ -57,9 +57,10 @@ def run(rng, q, k, v, tile):
     dout = jnp.asarray(rng.standard_normal(partial.out.shape), q.dtype)
     dlse = jnp.asarray(rng.standard_normal(partial.lse.shape), partial.lse.dtype)
     delta = (dout.astype(partial.out.dtype) * partial.out).sum(axis=-1) - dlse
-    start = Gradients(jnp.asarray(rng.standard_normal(q.shape), partial.out.dtype))
-    gradients, dkv = backward(q, fused(k, v), partial.lse, delta, dout, tile, start)
-    dk, dv = jnp.split(dkv, [k.shape[-1]], axis=-1)
+    zeros = jnp.zeros_like(fused(k, v), partial.out.dtype)
+    start = Gradients(jnp.asarray(rng.standard_normal(q.shape), partial.out.dtype), zeros)
+    gradients = backward(q, fused(k, v), partial.lse, delta, dout, tile, start)
+    dk, dv = jnp.split(jnp.swapaxes(gradients.dkv, 1, 2), [k.shape[-1]], axis=-1)
     return partial, (gradients.dq - start.dq, dk, dv), (dout, dlse)
 
 
@@ -110,12 +111,12 @@ def test_rows_without_keys_change_no_gradient(rng) -> None:
     partial = forward(q, fused(k, v), tile, nothing(q, v))
     dout = jnp.asarray(rng.standard_normal(v.shape), jnp.float32)
     delta = jnp.zeros(partial.lse.shape)
-    zeros = Gradients(jnp.zeros_like(q))
-    (dq, *_), dkv = backward(q, fused(k, v), partial.lse, delta, dout, tile, zeros)
+    zeros = Gradients(jnp.zeros_like(q), jnp.zeros_like(fused(k, v)))
+    dq, dkv, *_ = backward(q, fused(k, v), partial.lse, delta, dout, tile, zeros)
     padded = jnp.asarray(positions < 0)[None, :, None]
     assert (np.asarray(dq)[:, positions < 0] == 0).all()
     wild = jnp.where(padded[..., None], 1e30, dout), jnp.where(padded, -1e30, delta)
-    (dq_again, *_), dkv_again = backward(q, fused(k, v), partial.lse, wild[1], wild[0], tile, zeros)
+    dq_again, dkv_again, *_ = backward(q, fused(k, v), partial.lse, wild[1], wild[0], tile, zeros)
     for before, after in ((dq, dq_again), (dkv, dkv_again)):
         np.testing.assert_array_equal(before, after)
 
@@ -214,7 +215,7 @@ def test_no_block_crosses_from_one_run_into_the_next(runs) -> None:
 
 
 def test_block_sizes_must_be_positive() -> None:
-    with pytest.raises(ValueError, match=r"BlockSizes\(q=0, kv=256\): both must be at least 1"):
+    with pytest.raises(ValueError, match=r"BlockSizes\(q=0, kv=128\): both must be at least 1"):
         BlockSizes(q=0)
     with pytest.raises(ValueError, match=r"BlockSizes\(q=256, kv=-1\): both must be at least 1"):
         BlockSizes(kv=-1)
@@ -228,7 +229,7 @@ def test_visits_are_the_fewest_possible(mask, layout) -> None:
     runs = 2 if layout == "zigzag" else 1
     for rank in range(ring_size):
         for source in range(ring_size):
-            tile = tile_of(shards[rank], shards[source], mask, (q_size, kv_size), runs=runs)
+            tile = tile_of(shards[rank], shards[source], mask, (q_size, kv_size), q_runs=runs, kv_runs=runs)
             cuts = Blocks.cut(shard, q_size, runs), Blocks.cut(shard, kv_size, runs)
             plan = visits(tile, *cuts)
             i, j = (
@@ -285,8 +286,8 @@ def test_operands_are_read_and_gradients_added_at_their_place(rng) -> None:
     dout = jnp.asarray(rng.standard_normal(v.shape[:1] + q.shape[1:3] + v.shape[3:]), jnp.float32)
     delta = (dout * partial.out).sum(axis=-1)
     before = jnp.asarray(rng.standard_normal(bias.shape), jnp.float32)
-    start = Gradients(jnp.zeros_like(q), before)
-    gradients, _ = backward(q, fused(k, v), partial.lse, delta, dout, tile, start)
+    start = Gradients(jnp.zeros_like(q), jnp.zeros_like(fused(k, v)), before)
+    gradients = backward(q, fused(k, v), partial.lse, delta, dout, tile, start)
     arguments = {"mask": mask[..., first:], "bias": bias[..., first:], "softcap": 2.0}
     helpers.assert_close(partial.out, helpers.oracle(q, k, v, **arguments)[0], "float32")
     dbias = helpers.oracle_grads(q, k, v, dout, **arguments)[3]

@@ -1,0 +1,116 @@
+"""Shards on their way round a ring: one loop for whatever travels.
+
+What travels goes ahead of the work: the permute of the next shard is issued before the compute on this one,
+and the last shard is not sent on. What visits leave for the owner of a shard follows it one hop late, so that
+its permute too is issued before the compute. Legs in opposite directions go in step, one hop of each at
+a time.
+"""
+
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .base import Problem
+
+__all__ = ["add", "journey"]
+
+Tree = Any
+Add = Callable[[Tree, Tree], Tree]
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """The sum of two trees."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def journey(
+    home: Tree,
+    stay: Tree,
+    visit: Callable[[Tree, Tree, Any], tuple[Tree, Tree]],
+    *,
+    problem: Problem,
+    legs: Sequence[Sequence[int]],
+    add: Add | None = add,
+) -> tuple[Tree, Tree]:
+    """Sends the shard of every rank to all that the legs name.
+
+    Args:
+        home: this rank's own shard.
+        stay: what this rank keeps and updates.
+        visit: `visit(stay, shard, offset) -> (stay, left)`: works on the shard of rank - offset, and leaves
+            something for its owner.
+        problem: whose ring it is.
+        legs: as in `Schedule`.
+        add: sums what is left; None where that is `()`, nothing.
+
+    Returns:
+        What stayed, and the sum of what all ranks have left for this one.
+    """
+    if len(legs) == 1 and add is None:
+        # Nothing tells the own shard from the others, so it shares their loop.
+        legs, shards, left, arrived = [(0, *legs[0])], [home], [()], []
+    else:
+        shards = [problem.permute(home, leg[0]) for leg in legs]
+        stay, own = visit(stay, home, 0)
+        # What the rank leaves for itself goes along on the first leg, which takes no room of its own.
+        left = [own, *[None] * (len(legs) - 1)][: len(legs)]
+        arrived = [] if legs else [own]
+    at = 0
+    while legs:
+        hops = [_hops(leg, at, add) for leg in legs]
+        step = ft.partial(_step, [leg[at] for leg in legs], hops, visit, problem, add)
+        count = 1 if None in left else _alike(legs, at, add)
+        stay, shards, left = _repeat(step, (stay, shards, left), count)
+        at += count
+        for leg, sum_ in zip(legs, left, strict=True):
+            if at == len(leg):
+                arrived.append(problem.permute(sum_, -leg[-1]))
+        going = [at < len(leg) for leg in legs]
+        legs, shards, left = (
+            [x for x, on in zip(xs, going, strict=True) if on] for xs in (legs, shards, left)
+        )
+    return stay, () if add is None else ft.reduce(add, arrived)
+
+
+def _step(offsets, hops, visit, problem: Problem, add, carry, index):
+    """One hop of every leg; offsets are those of the first of a run of steps, `index` counts them."""
+    stay, shards, left = carry
+    following = [
+        None if out is None else problem.permute(shard, out)
+        for shard, (_, out) in zip(shards, hops, strict=True)
+    ]
+    arriving = [
+        None if sum_ is None else problem.permute(sum_, into)
+        for sum_, (into, _) in zip(left, hops, strict=True)
+    ]
+    sums = []
+    for shard, sum_, offset, (_, out) in zip(shards, arriving, offsets, hops, strict=True):
+        stay, more = visit(stay, shard, offset if out is None else offset + index * out)
+        sums.append(more if sum_ is None or add is None else add(sum_, more))
+    return stay, following, sums
+
+
+def _hops(leg: Sequence[int], at: int, add: Add | None) -> tuple[int, int | None]:
+    """How far what is left goes to this stop of a leg, and how far it is to the next, if there is one."""
+    into = leg[at] - (leg[at - 1] if at else 0)
+    return 0 if add is None else into, leg[at + 1] - leg[at] if at + 1 < len(leg) else None
+
+
+def _alike(legs: Sequence[Sequence[int]], at: int, add: Add | None) -> int:
+    """How many steps from here on go as this one does."""
+    here, last = [_hops(leg, at, add) for leg in legs], min(map(len, legs))
+    if any(out is None for _, out in here):
+        return 1
+    return next((i for i in range(at, last) if [_hops(leg, i, add) for leg in legs] != here), last) - at
+
+
+def _repeat(step, carry, count: int):
+    """`step(carry, index)` for each index below `count`; one loop, so that programs do not grow."""
+    if count == 1:
+        return step(carry, 0)
+    indices = jnp.arange(count, dtype=jnp.int32)
+    return lax.scan(lambda carry, index: (step(carry, index), None), carry, indices)[0]

@@ -1,0 +1,86 @@
+"""Queries travel round the ring and come home with their result; keys and values stay.
+
+The form for few queries against many keys. Behind the queries follows what the ranks they have passed made of
+them: the partial on the way forward, their float32 gradient on the way back.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from .. import partials
+from ..kernels import Tile
+from .base import Inputs, Problem, decoded, finish, gradient, no_gradients, no_partial, tile
+from .journey import journey
+
+__all__ = ["backward", "forward"]
+
+
+def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    """Attention over the shards of the schedule."""
+    kv, there = decoded(inputs, problem), _with_operands_by_keys(inputs, problem)
+
+    def visit(stay, shard, offset):
+        q, q_tokens = shard
+        meeting = _meeting(there, problem, q_tokens, offset)
+        return stay, problem.kernel_module.forward(q, kv, meeting, no_partial(inputs, kv))
+
+    home = inputs.q, inputs.q_tokens
+    _, partial = journey(home, (), visit, problem=problem, legs=_legs(problem), add=partials.merge)
+    return finish(partial, inputs, problem)
+
+
+def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem) -> Inputs:
+    """Gradients of what stays, and of this rank's own queries."""
+    kv, there = decoded(inputs, problem), _with_operands_by_keys(inputs, problem)
+    nothing = no_gradients(there, kv)
+
+    def visit(stay, shard, offset):
+        q, q_tokens, *statistics = shard
+        meeting = _meeting(there, problem, q_tokens, offset)
+        start = stay._replace(dq=nothing.dq)
+        gradients = problem.kernel_module.backward(q, kv, *statistics, meeting, start)
+        return gradients._replace(dq=None), gradients.dq
+
+    home = inputs.q, inputs.q_tokens, lse, delta, dout
+    stay, dq = journey(home, nothing._replace(dq=None), visit, problem=problem, legs=_legs(problem))
+    dkv, dconstants = problem.payload.pull(inputs.kv, inputs.constants, stay.dkv)
+    if stay.dbias is not None and inputs.operands.bias is not None:
+        bias = inputs.operands.bias.astype(stay.dbias.dtype)
+        _, to_queries = jax.vjp(lambda x: _by_keys(x, inputs, problem), bias)
+        stay = stay._replace(dbias=to_queries(stay.dbias)[0])
+    return gradient(stay._replace(dq=dq), dkv, dconstants)
+
+
+def _legs(problem: Problem) -> list[list[int]]:
+    """Keys that stay are met at an offset by queries that travel as far the other way."""
+    return [[-offset for offset in leg] for leg in problem.schedule.legs]
+
+
+def _meeting(inputs: Inputs, problem: Problem, q_tokens, offset) -> Tile:
+    q_rank = (problem.rank - offset) % problem.ring_size
+    meeting = tile(inputs, problem, q_tokens, inputs.kv_tokens, q_rank, problem.rank)
+    q_start = q_rank * inputs.q.shape[1]
+    return dataclasses.replace(meeting, q_start=q_start, kv_start=jnp.zeros_like(q_start))
+
+
+def _with_operands_by_keys(inputs: Inputs, problem: Problem) -> Inputs:
+    operands = inputs.operands
+    bias, mask = (None if x is None else _by_keys(x, inputs, problem) for x in (operands.bias, operands.mask))
+    return inputs._replace(operands=operands._replace(bias=bias, mask=mask))
+
+
+def _by_keys(x: Array, inputs: Inputs, problem: Problem) -> Array:
+    """From this rank's queries by all keys to all queries by this rank's keys; axes of 1 stay."""
+    _, _, q_length, kv_length = x.shape
+    axis = problem.axis_names
+    if q_length > 1 and kv_length > 1:
+        return lax.all_to_all(x, axis, split_axis=3, concat_axis=2, tiled=True)
+    if q_length > 1:
+        return lax.all_gather(x, axis, axis=2, tiled=True)
+    if kv_length > 1:
+        return lax.dynamic_slice_in_dim(x, problem.rank * inputs.kv_length, inputs.kv_length, axis=3)
+    return x

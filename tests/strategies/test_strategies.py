@@ -1,0 +1,152 @@
+"""Every way to move data gives what one device would compute, on rings of any size."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, check, grid, shard_mapped
+from jax.sharding import PartitionSpec as P
+
+import ringjax
+from ringjax import Ring
+
+WAYS = {
+    "ring": {"strategy": "ring"},
+    "both-ways": {"strategy": "ring", "bidirectional": True},
+    "ring_q": {"strategy": "ring_q"},
+    "ring_q-both-ways": {"strategy": "ring_q", "bidirectional": True},
+    "all_gather": {"strategy": "all_gather"},
+    "all_gather-groups": {"strategy": "all_gather", "head_groups": 2},
+    "ulysses": {"strategy": "ulysses"},
+}
+SPLITS = [(2, 4), (4, 2), (8, 1), (1, 8)]
+
+
+@pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("way", WAYS)
+def test_ring_sizes(rng, way, ring_size) -> None:
+    heads = 8 if ring_size == 8 else 12
+    case = Case(
+        ring_size=ring_size, layout="zigzag", B=1, T=4 * ring_size, N=heads, K=4, H=4, Hv=3, **WAYS[way]
+    )
+    check(rng, case)
+
+
+@pytest.mark.parametrize("strategy", ["double_ring", "usp"])
+@pytest.mark.parametrize(
+    ("outer", "inner", "layout"),
+    [*((*split, "zigzag") for split in SPLITS), (2, 4, "contiguous"), (2, 4, "striped")],
+)
+def test_splits_of_two_axes(rng, strategy, outer, inner, layout) -> None:
+    case = Case(
+        ring_size=outer * inner, inner=inner, layout=layout, B=1, T=32, N=8, K=2, H=4, Hv=4, strategy=strategy
+    )
+    check(rng, case)
+
+
+EVERYTHING = {
+    "ring_size": 2, "T": 16, "N": 4, "K": 2, "H": 4, "Hv": 4, "split": True, "segments": "pair",
+    "dropout": 0.2, "sinks": True, "soft_cap": 3.0, "logits": 2.0,
+}  # fmt: skip
+BIASES = {  # the axes of the bias that are not 1, or a function; and those of a mask
+    "BNTS": "BTS",
+    "NS": "T",
+    "T": "NT",
+    "TS": "N",
+    "table": None,
+}
+# Where arrays change hands, each axis that is there or is not goes another way to the rank that needs it.
+PAIRS = [
+    *((way, "BNTS") for way in (*WAYS, "usp", "double_ring")),
+    *((way, bias) for way in ("ring_q", "ulysses") for bias in ("NS", "T", "TS", "table")),
+    *(("all_gather-groups", bias) for bias in ("NS", "table")),
+    ("usp", "table"),
+]
+
+
+@pytest.mark.parametrize(("way", "bias"), PAIRS)
+def test_all_features_at_once_with_batch_and_heads_split_too(rng, way, bias) -> None:
+    arrays = {"bias": bias, "mask": BIASES[bias]}
+    extra = dict(WAYS.get(way, {"strategy": way}))
+    if "head_groups" in extra:
+        extra |= {"K": 4, "N": 4}
+    if way in ("usp", "double_ring"):
+        # Eight devices have no room for two axes of a ring between two others.
+        extra |= {"ring_size": 4, "inner": 2, "split": False}
+    check(rng, Case(**EVERYTHING | arrays | extra))
+
+
+@pytest.mark.parametrize("way", ["ring", "ring_q", "both-ways"])
+@pytest.mark.parametrize(("T", "K"), [(32, 4), (32, 1), (8, 4)])
+def test_either_backward_pass(rng, way, T, K) -> None:
+    """Queries travel back where they are less, with as many key heads or few queries; else keys."""
+    case = Case(
+        ring_size=4, layout="zigzag", causal=False, B=1, T=T, S=32, N=4, K=K, window=(12, 3), **WAYS[way]
+    )
+    check(rng, case)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_positions_and_lengths_as_data(rng, way) -> None:
+    case = {"ring_size": 4, "B": 2, "T": 16, "N": 4, "K": 4, "positions": "rows", "lengths": True}
+    check(rng, Case(**case, **WAYS[way]))
+
+
+def test_window_over_a_ring_of_ulysses_groups(rng) -> None:
+    """The hops of a window are counted in groups of ranks."""
+    for layout in ("contiguous", "zigzag"):
+        case = Case(
+            ring_size=8, inner=2, layout=layout, B=1, T=64, N=2, K=1, window=(5, 0), strategy="usp", H=4, Hv=4
+        )
+        check(rng, case)
+
+
+@pytest.mark.parametrize("strategy", ["ring_q", "all_gather", "ulysses"])
+def test_inside_the_callers_shard_map(rng, strategy: Any) -> None:
+    mesh, ring = grid(ring=4), Ring(strategy=strategy)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 16, 4, 8)), jnp.float32) for _ in "qkv")
+    local = lambda *x: ringjax.ring_attention_local(*x, is_causal=True, ring=ring)
+    got = jax.jit(shard_mapped(local, mesh, (P(None, "ring"),) * 3, P(None, "ring")))(q, k, v)
+    np.testing.assert_allclose(got, ringjax.reference_attention(q, k, v, is_causal=True), atol=2e-6)
+
+
+def test_under_vmap(rng) -> None:
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 1, 8, 4, 8)), jnp.float32) for _ in "qkv")
+    mesh = grid(ring=2)
+    wanted = jax.vmap(lambda *x: ringjax.reference_attention(*x, is_causal=True))(q, k, v)
+    for ring in (Ring(strategy="ring_q"), Ring(strategy="all_gather"), Ring(strategy="ulysses")):
+        attend = lambda *x, ring=ring: ringjax.ring_attention(*x, is_causal=True, mesh=mesh, ring=ring)
+        np.testing.assert_allclose(jax.vmap(attend)(q, k, v), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "usp"}, "strategy='usp', axis_name='ring'.* needs two mesh axes, the last for heads"),
+        ({"strategy": "double_ring"}, "needs two mesh axes, that between hosts and that within one"),
+        ({"axis_name": ("a", "b", "c"), "strategy": "double_ring"}, "needs two mesh axes"),
+        ({"strategy": "ulysses", "bidirectional": True}, "only 'ring' and 'ring_q' have a direction"),
+        ({"head_groups": 2}, "only strategy='all_gather' can have more than 1"),
+        ({"strategy": "all_gather", "head_groups": 0}, "a number from 1 on"),
+        ({"payload": "int4"}, "payload='int4'.* choose one of None, 'bfloat16', 'int8', 'float8'"),
+    ],
+)
+def test_a_ring_that_makes_no_sense_is_refused(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ring(**settings)
+
+
+def test_heads_that_do_not_split_are_refused_with_the_sizes_that_do(rng) -> None:
+    q = jnp.zeros((1, 16, 6, 4))
+    with pytest.raises(
+        ValueError, match=r"splits heads over 4 ranks, and 6 do not.* it can be 1, 2, 3, 6 ranks"
+    ):
+        ringjax.ring_attention(q, q, q, mesh=grid(ring=4), ring=Ring(strategy="ulysses"))
+    ring = Ring(("a", "b"), strategy="usp")
+    with pytest.raises(ValueError, match=r"strategy='usp'\) splits heads over 4 ranks"):
+        ringjax.ring_attention(q, q, q, mesh=grid(a=2, b=4), ring=ring)
+    ring = Ring(strategy="all_gather", head_groups=4)
+    with pytest.raises(ValueError, match=r"head_groups=4\): 6 key heads do not divide"):
+        ringjax.ring_attention(q, q, q, mesh=grid(ring=4), ring=ring)
