@@ -21,6 +21,7 @@ from .masks import (
     PrefixLM as PrefixLM,
     SlidingWindow as SlidingWindow,
 )
+from .planning import plan as plan
 from .reference import reference_attention as reference_attention
 from .ring import (
     Ring as Ring,
@@ -28,7 +29,7 @@ from .ring import (
     unshard_sequence as unshard_sequence,
 )
 
-_ROOMS = ("inference", "models", "nn")
+_ROOMS = ("inference", "models", "nn", "planning")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -30,6 +30,7 @@ from .arguments import (
 from .biases import BiasFn
 from .kernels import BlockSizes, Operands
 from .payloads import Latent, make_payload
+from .planning.auto import with_strategy
 from .ring import Ring, reshard, resolve_mesh
 from .schedule import Schedule, make_schedule
 from .strategies import Problem, attend, get_strategy
@@ -253,9 +254,12 @@ def _over_mesh(
     ring_size = ring.size(mesh)
     num_kv_heads = k.shape[2] if constants is None else constants[0].shape[1]
     check_split(q, num_kv_heads, mesh, ring)
+    rule, operands = rule_and_operands(q.shape, k.shape[1], bias, mask, **options)
+    if constants is None:
+        ring = with_strategy(ring, mesh, q.shape, (*k.shape[1:3], v.shape[3]), q.dtype, rule.mask)
     sizes = ring.axis_sizes(mesh)
-    split = math.prod(mesh.shape[name] for name in ring.head_axes)
-    check_heads(q.shape[2] // split, num_kv_heads // split, ring, sizes)
+    splits = math.prod(mesh.shape[name] for name in ring.head_axes)
+    check_heads(q.shape[2] // splits, num_kv_heads // splits, ring, sizes)
     lengths = (q.shape[1], k.shape[1])
     padded = tuple(map(ft.partial(padded_length_of, ring=ring, ring_size=ring_size), lengths, SIDES))
     tokens = tokens_of_both(
@@ -265,7 +269,6 @@ def _over_mesh(
         positions,
         seq_lengths,
     )
-    rule, operands = rule_and_operands(q.shape, k.shape[1], bias, mask, **options)
     problem = _problem(rule, operands, tokens, positions is None, padded, lengths, ring, sizes, payload)
     tensors = _Tensors(q, k, v, constants, tokens[0], tokens[1], operands)
     missing = (padded[0] - lengths[0], padded[1] - lengths[1])
@@ -455,7 +458,6 @@ def ring_attention_local(
     mesh = resolve_mesh(None)
     ring_size = dataclasses.replace(ring, batch_axes=(), head_axes=()).size(mesh)
     sizes = ring.axis_sizes(mesh)
-    check_heads(query.shape[2], key.shape[2], ring, sizes)
     shards = (query.shape[1], key.shape[1])
     lengths = (shards[0] * ring_size, shards[1] * ring_size)
     for length, side in zip(lengths, SIDES, strict=True):
@@ -476,6 +478,13 @@ def ring_attention_local(
         local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
     )  # fmt: skip
+    q_shape = (query.shape[0], lengths[0], *query.shape[2:])
+    kv_shape = (lengths[1], key.shape[2], value.shape[3])
+    # Heads and batch are this rank's already.
+    here = dataclasses.replace(ring, batch_axes=(), head_axes=())
+    strategy = with_strategy(here, mesh, q_shape, kv_shape, query.dtype, rule.mask)
+    ring = dataclasses.replace(strategy, batch_axes=ring.batch_axes, head_axes=ring.head_axes)
+    check_heads(query.shape[2], key.shape[2], ring, sizes)
     payload = make_payload(ring.payload, query.shape[3])
     problem = _problem(rule, operands, tokens, positions is None, lengths, lengths, ring, sizes, payload)
     tensors = _Tensors(query, key, value, None, tokens[0], tokens[1], operands)

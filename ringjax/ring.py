@@ -19,6 +19,7 @@ from .strategies.base import Strategy
 __all__ = ["Ring", "shard_sequence", "unshard_sequence"]
 
 AxisNames = str | tuple[str, ...]
+DtypeName = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Ring:
             that order (`shard_sequence`). Windows save no hops in striped layout.
         strategy: what travels, and how; the result is the same.
 
-            - `"ring"`: keys and values, from rank to rank. `"auto"` means this.
+            - `"auto"`: what `ringjax.plan` picks for the call, forward and backward, on the GPUs of the mesh;
+              `"ring"` on devices that it does not know.
+            - `"ring"`: keys and values, from rank to rank.
             - `"ring_q"`: queries, with their results; for few queries against many keys.
             - `"double_ring"`: keys and values, round the second of two axes, and once a round along the
               first: `axis_name=("host", "device")`.
@@ -118,6 +121,90 @@ class Ring:
                 f"Ring(strategy={strategy!r}, head_groups={self.head_groups}): a number from 1 on, and only "
                 f"strategy='all_gather' can have more than 1."
             )
+
+    @classmethod
+    def auto(
+        cls,
+        axis_name: AxisNames = "ring",
+        *,
+        tokens: int,
+        heads: int,
+        head_dim: int,
+        batch: int = 1,
+        kv_tokens: int | None = None,
+        kv_heads: int | None = None,
+        value_dim: int | None = None,
+        dtype: DtypeName = "bfloat16",
+        causal: bool = True,
+        window: int | None = None,
+        payload: PayloadName | None = None,
+        training: bool = False,
+        layout: Layout | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
+        hardware: str | None = None,
+        **fields: Any,
+    ) -> "Ring":
+        """The ring that `ringjax.plan` picks for a call on a mesh: strategy, layout, directions, head groups.
+
+        Args:
+            axis_name: the mesh axis or axes that the sequence is split over.
+            tokens: T, of the whole sequence; this and all up to `training` as in `ringjax.plan`.
+            heads: N, of the whole model, as are all numbers here.
+            head_dim: H.
+            batch: B.
+            kv_tokens: S; None means T.
+            kv_heads: K; None means N.
+            value_dim: Hv; None means H.
+            dtype: of query, key and value.
+            causal: whether the mask is causal.
+            window: how many keys a query sees; None means all.
+            payload: the form in which keys and values travel.
+            training: whether the backward pass counts too.
+            layout: None leaves it to the plan.
+            mesh: the mesh; None means the ambient one.
+            hardware: a name of `ringjax.planning.HARDWARE`, or `"measured"`; None is that of the mesh.
+            **fields: further fields of the ring, such as `batch_axes`.
+
+        Raises:
+            ValueError: no way fits, or the hardware is not known.
+        """
+        from .planning.auto import choose, hardware_of
+        from .planning.workload import Workload
+
+        mesh = resolve_mesh(mesh)
+        ring = cls(axis_name, payload=payload, **fields)
+        ring.size(mesh)
+        batches, splits = (
+            math.prod(mesh.shape[name] for name in axes) for axes in (ring.batch_axes, ring.head_axes)
+        )
+        hardware = hardware or hardware_of(mesh)
+        if hardware is None:
+            raise ValueError(
+                "Ring.auto knows nothing of these devices: name what to plan for, such as "
+                "hardware='h100-sxm', or measure them with `ringjax plan --measure` and say "
+                "hardware='measured'."
+            )
+        workload = Workload(
+            batch=-(-batch // batches),
+            tokens=tokens,
+            kv_tokens=kv_tokens,
+            heads=heads // splits,
+            kv_heads=None if kv_heads is None else kv_heads // splits,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            dtype=dtype,
+            causal=causal,
+            window=window,
+            payload=payload,
+        )
+        choice = choose(workload, ring.axis_sizes(mesh), layout, hardware, training)
+        return dataclasses.replace(
+            ring,
+            strategy=choice.strategy,
+            layout=choice.layout,
+            bidirectional=choice.bidirectional,
+            head_groups=choice.head_groups,
+        )
 
     @property
     def axis_names(self) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("ringjax: the command needs more packages: pip install 'ringjax[llm]'")
     from .ask import Ask
     from .bench import Bench
+    from .plan import PlanCommand
 
     command = tyro.extras.subcommand_cli_from_dict(
-        {"ask": Ask, "bench": Bench},
+        {"ask": Ask, "bench": Bench, "plan": PlanCommand},
         prog="ringjax",
         description="Exact attention over sequences that no single device can hold.",
         args=arguments,

@@ -11,7 +11,7 @@ __all__ = ["Problem", "Strategy", "Way", "attend", "get_strategy"]
 
 
 def get_strategy(name: Strategy | Literal["auto"]) -> Way:
-    """The functions of a strategy; `"auto"` is keys and values round one ring."""
+    """The functions of a strategy; `"auto"` is one by the time that this is asked."""
     match name:
         case "auto" | "ring":
             return Way(rotate_kv.forward, backwards.backward, _anything)

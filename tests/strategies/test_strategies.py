@@ -1,5 +1,6 @@
 """Every way to move data gives what one device would compute, on rings of any size."""
 
+import re
 from typing import Any
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, check, grid, shard_mapped
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import ringjax
 from ringjax import Ring
+from ringjax.schedule import Schedule
 
 WAYS = {
     "ring": {"strategy": "ring"},
@@ -136,6 +138,43 @@ def test_under_vmap(rng) -> None:
 def test_a_ring_that_makes_no_sense_is_refused(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         Ring(**settings)
+
+
+def groups_of(text: str) -> list[list[int]]:
+    """The devices that each collective of a compiled program joins."""
+    found = []
+    for pairs in re.findall(r"source_target_pairs=\{(\{.*?\})\}", text):
+        found += [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)]
+    for groups in re.findall(r"replica_groups=\{(\{.*?\})\}", text):
+        found += [[int(x) for x in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", groups)]
+    for shape, dims, order in re.findall(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    ):
+        ints = lambda x: [int(n) for n in x.split(",")]
+        devices = np.arange(np.prod(ints(dims))).reshape(ints(dims))
+        found += devices.transpose(ints(order) if order else None).reshape(ints(shape)).tolist()
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_collective_crosses_the_axes_of_batch_and_heads(way) -> None:
+    """Devices are numbered data, ring, model: those of one ring differ by 2."""
+    mesh, ring = grid(data=2, ring=2, model=2), Ring(batch_axes=("data",), head_axes=("model",), **WAYS[way])
+    x = jax.ShapeDtypeStruct((2, 16, 8, 4), jnp.float32, sharding=NamedSharding(mesh, ring.spec))
+    attend = lambda *x: ringjax.ring_attention(*x, is_causal=True, mesh=mesh, ring=ring)
+    step = lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)
+    groups = groups_of(str(jax.jit(step).lower(x, x, x, x).compile().as_text()))
+    assert groups
+    for group in groups:
+        assert {a ^ b for a in group for b in group} == {0, 2}, group
+
+
+@pytest.mark.parametrize("ring_size", [2, 3, 8, 64])
+def test_both_ways_take_half_the_steps(ring_size) -> None:
+    schedule = Schedule.every_shard(ring_size, bidirectional=True)
+    assert schedule.hops == ring_size - 1
+    assert schedule.steps == -(-(ring_size - 1) // 2)
+    assert Schedule.every_shard(ring_size).steps == ring_size - 1
 
 
 def test_heads_that_do_not_split_are_refused_with_the_sizes_that_do(rng) -> None:

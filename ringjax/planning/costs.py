@@ -1,0 +1,431 @@
+"""Operations, memory and time of one attention call on each device, as closed forms.
+
+A ring's pass is a list of steps: in each a shard is met while the next one, and what follows the last, are on
+their way. A step takes as long as the longer of the two; what is left of the sending is exposed. Ranks that
+meet less wait for the one that meets most.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ..kernels import BlockSizes
+from .hardware import Hardware
+from .wire import Pass, Transfer, moves_queries, transfers
+from .workload import F32, Choice, Shard, Workload, attended_pairs, ring_schedule, visits
+
+__all__ = ["Bound", "Prediction", "flop", "memory", "predict"]
+
+# Queries by keys that a kernel computes at a time.
+TILE = BlockSizes().q, BlockSizes().kv
+
+Bound = Literal["compute", "link", "memory"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a choice costs; bytes and operations are those of one device.
+
+    Attributes:
+        choice: how the call is distributed.
+        transfers: what a device sends.
+        hops: steps of the ring, forward; both ways round in lock step are one.
+        flop: of the matrix products, over attended pairs, mean of the devices.
+        memory: bytes by what takes them.
+        compute_seconds: of the device that has most to do.
+        link_seconds: all sending.
+        exposed_seconds: of that, what no computation hides.
+        seconds: the call.
+        efficiency: what the operations alone would take at the kernel's rate, all devices equally busy, over
+            `seconds`.
+        bound: where most of the time goes: into operations, over the links, or into device memory.
+    """
+
+    choice: Choice
+    transfers: tuple[Transfer, ...]
+    hops: int
+    flop: float
+    memory: dict[str, int]
+    compute_seconds: float
+    link_seconds: float
+    exposed_seconds: float
+    seconds: float
+    efficiency: float
+    bound: Bound
+
+    @property
+    def bytes_sent(self) -> float:
+        """By one device, in all."""
+        return sum(transfer.count * transfer.bytes_sent for transfer in self.transfers)
+
+    @property
+    def bytes_per_hop(self) -> float:
+        """By one device, forward, in a step of the ring or in each collective where there is no ring."""
+        forward = [t for t in self.transfers if t.pass_ == "forward"]
+        moved = [t for t in forward if t.collective == "collective-permute"]
+        if not self.hops:
+            moved = [t for t in forward if t.collective != "all-reduce"]
+        steps = self.hops or sum(t.count for t in moved)
+        return sum(t.count * t.bytes_sent for t in moved) / steps if steps else 0.0
+
+    @property
+    def memory_bytes(self) -> int:
+        """In all."""
+        return sum(self.memory.values())
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Sending behind which something is computed."""
+        return self.link_seconds - self.exposed_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and texts, for JSON."""
+        return dataclasses.asdict(self.choice) | {
+            "label": self.choice.label,
+            "transfers": [
+                {
+                    "what": t.what,
+                    "collective": t.collective,
+                    "pass": t.pass_,
+                    "axis_size": t.axis.size,
+                    "axis_stride": t.axis.stride,
+                    "count": t.count,
+                    "bytes_each": t.bytes_each,
+                }
+                for t in self.transfers
+            ],
+            "hops": self.hops,
+            "bytes_per_hop": self.bytes_per_hop,
+            "bytes_sent": self.bytes_sent,
+            "flop": self.flop,
+            "memory": self.memory,
+            "memory_bytes": self.memory_bytes,
+            "compute_seconds": self.compute_seconds,
+            "link_seconds": self.link_seconds,
+            "hidden_seconds": self.hidden_seconds,
+            "exposed_seconds": self.exposed_seconds,
+            "seconds": self.seconds,
+            "efficiency": self.efficiency,
+            "bound": self.bound,
+        }
+
+
+def predict(workload: Workload, choice: Choice, hardware: Hardware, *, training: bool) -> Prediction:
+    """What a choice costs on a kind of device.
+
+    Raises:
+        ValueError: the heads do not split as the strategy wants, or the dtype's FLOP/s are not known.
+    """
+    sent = transfers(workload, choice, training=training)
+    passes: tuple[Pass, ...] = ("forward", "backward") if training else ("forward",)
+    time, ideal, operations, hops = _Time(), 0.0, 0.0, 0
+    for pass_ in passes:
+        clock = _Clock(workload, choice, hardware, pass_)
+        own = [transfer for transfer in sent if transfer.pass_ == pass_]
+        time += clock.time(own)
+        count = flop(workload, workload.pairs, pass_) / choice.devices
+        operations += count
+        ideal += count / clock.rate
+        hops = hops or clock.hops
+    seconds = time.compute + time.memory + time.exposed
+    limits: dict[Bound, float] = {"compute": time.compute, "link": time.exposed, "memory": time.memory}
+    return Prediction(
+        choice=choice,
+        transfers=sent,
+        hops=hops,
+        flop=operations,
+        memory=memory(workload, choice, training=training),
+        compute_seconds=time.compute + time.memory,
+        link_seconds=time.link,
+        exposed_seconds=time.exposed,
+        seconds=seconds,
+        efficiency=ideal / seconds,
+        bound=max(limits, key=lambda bound: limits[bound]),
+    )
+
+
+# ---------------------------------------------------------------- operations
+
+
+def flop(workload: Workload, pairs: float, pass_: Pass) -> float:
+    """Operations of the matrix products over so many attended pairs of each head.
+
+    Forward q kᵀ and p v; backward q kᵀ again, dout vᵀ, pᵀ dout, ds k and dsᵀ q.
+    """
+    size = workload.head_dim + workload.value_size
+    if pass_ == "backward":
+        size = 3 * workload.head_dim + 2 * workload.value_size
+    return 2 * workload.batch * workload.heads * pairs * size
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory(workload: Workload, choice: Choice, *, training: bool) -> dict[str, int]:
+    """Bytes on one device, of the call alone: its arguments and results, and what it needs meanwhile.
+
+    In training results are the three gradients, and the output is needed meanwhile. How many copies of what
+    travels are alive at once is counted in the compiled programs.
+    """
+    shard = inside = workload.shard(choice)
+    found = {
+        "inputs": shard.q + shard.kv + (shard.out if training else 0),
+        "outputs": shard.q + shard.kv if training else shard.out,
+    }
+    if choice.strategy in ("ulysses", "usp"):
+        inside = shard.split_by_heads(choice.inner)
+        found["resharded"] = inside.q + inside.out
+    decoded = inside.kv if workload.payload in ("int8", "float8") else 0
+    forward = _forward_buffers(inside, choice, decoded)
+    if training:
+        found["kept for the backward pass"] = inside.out + inside.statistics
+        found |= max(forward, _backward_buffers(inside, workload, choice, decoded), key=_total)
+    else:
+        found |= forward
+    found["statistics"] = 2 * inside.statistics
+    found["tile"] = _tile(inside)
+    return {name: count for name, count in found.items() if count}
+
+
+def _total(buffers: dict[str, int]) -> int:
+    return sum(buffers.values())
+
+
+def _forward_buffers(shard: Shard, choice: Choice, decoded: int) -> dict[str, int]:
+    """What travels, and float32 sums; those of a float32 call are the results themselves."""
+    partial = F32 * shard.out_items if shard.item_size != F32 else 0
+    match choice.strategy:
+        case "all_gather":
+            gathered = choice.devices * (2 * shard.kv_sent + decoded) // choice.head_groups
+            pieces = shard.q + shard.kv + 2 * shard.out if choice.head_groups > 1 else 0
+            return {"gathered": gathered, "parts of heads": pieces, "accumulators": partial}
+        case "ring_q":
+            return {"keys and values": shard.kv, "on the way": 2 * (shard.q + F32 * shard.out_items)}
+        case "double_ring":
+            copies = 2
+        case "ring" | "ulysses" | "usp":
+            copies = 7 if choice.bidirectional else 1
+    return {
+        "keys and values": shard.kv + decoded,
+        "on the way": copies * shard.kv_sent,
+        "accumulators": partial,
+    }
+
+
+def _backward_buffers(shard: Shard, workload: Workload, choice: Choice, decoded: int) -> dict[str, int]:
+    """What travels and its gradient, which follows; of the float32 sums those that are no results."""
+    wider = shard.item_size != F32
+    dq, dkv = F32 * shard.q_items, F32 * shard.kv_items
+    match choice.strategy:
+        case "all_gather":
+            gathered = choice.devices * (2 * shard.kv_sent + dkv + decoded) // choice.head_groups
+            pieces = 2 * shard.q + shard.kv + 2 * shard.out if choice.head_groups > 1 else 0
+            return {"gathered": gathered, "parts of heads": pieces, "accumulators": dq * wider}
+        case "ulysses":
+            return {"keys and values": shard.kv + shard.kv_sent + decoded, "accumulators": dkv + dq * wider}
+        case "double_ring":
+            on_way, sums = 3 * shard.kv_sent + 6 * dkv, dq
+        case "ring" | "ring_q" | "usp":
+            queries = choice.strategy == "ring_q"
+            if moves_queries(shard, ring_schedule(workload, choice), "backward", queries=queries):
+                on_way, sums, both_ways = 2 * (shard.q + shard.out) + 3 * dq, dkv, 5
+            else:
+                on_way, sums, both_ways = 2 * shard.kv_sent + 3 * dkv, dq, 3
+            on_way *= both_ways if choice.bidirectional else 1
+    return {"keys and values": shard.kv + decoded, "on the way": on_way, "accumulators": sums * wider}
+
+
+def _tile(shard: Shard) -> int:
+    """Blocks of the kernel: logits, weights and their gradient, and the rows of one block."""
+    rows = min(TILE[0], shard.queries) * shard.heads // shard.kv_heads
+    return F32 * rows * (3 * min(TILE[1], shard.keys) + shard.value_dim)
+
+
+# ---------------------------------------------------------------- time
+
+
+class _Time(NamedTuple):
+    """Seconds of computing, where operations limit and where memory does; of sending, and of that exposed."""
+
+    compute: float = 0.0
+    memory: float = 0.0
+    link: float = 0.0
+    exposed: float = 0.0
+
+    def __add__(self, other: tuple) -> "_Time":
+        return _Time(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class _Clock:
+    """The time of one pass."""
+
+    def __init__(self, workload: Workload, choice: Choice, hardware: Hardware, pass_: Pass):
+        self.workload, self.choice, self.hardware = workload, choice, hardware
+        self.pass_: Pass = pass_
+        self.shard = workload.shard(choice)
+        fraction = hardware.forward_fraction if pass_ == "forward" else hardware.backward_fraction
+        self.rate = fraction * hardware.peak(workload.dtype)
+        self.ring_size = choice.outer if choice.strategy == "usp" else choice.devices
+        if choice.strategy == "usp":
+            self.shard = self.shard.split_by_heads(choice.inner)
+        self.steps = [(0,)]
+        if choice.strategy in ("ring", "ring_q", "usp"):
+            self.steps = visits(ring_schedule(workload, choice))
+
+    @property
+    def hops(self) -> int:
+        """Steps of the ring."""
+        return self.choice.devices - 1 if self.choice.strategy == "double_ring" else len(self.steps) - 1
+
+    def time(self, sent: list[Transfer]) -> _Time:
+        """Of computing and sending; what a payload agrees upon comes first."""
+        first = [t for t in sent if t.collective == "all-reduce"]
+        return self._exposed(first) + self._by_strategy([t for t in sent if t not in first])
+
+    def _by_strategy(self, sent: list[Transfer]) -> _Time:
+        match self.choice.strategy:
+            case "ring" | "ring_q":
+                return self._ring(sent)
+            case "usp":
+                outside = [t for t in sent if t.collective == "all-to-all"]
+                return self._exposed(outside) + self._ring([t for t in sent if t not in outside])
+            case "double_ring":
+                return self._double_ring(sent)
+            case "ulysses":
+                return self._exposed(sent) + self._compute(self._balanced(), self.shard)
+            case "all_gather":
+                return self._all_gather(sent)
+
+    def _ring(self, sent: list[Transfer]) -> _Time:
+        """Steps, in each of which a shard is met; what follows is sent home after the last."""
+        last, total = len(self.steps) - 1, _Time()
+        for index, offsets in enumerate(self.steps):
+            computing = self._compute(self._most_pairs(offsets), self.shard, len(offsets))
+            # As many shards leave as are met next. What follows those met before leaves with them, and of the
+            # own shard, which begins every leg, only what follows the first leg.
+            ahead = len(self.steps[index + 1]) if index < last else 0
+            behind = min(index, 1) if index < 2 else len(offsets)
+            sending = self._together([(t, behind if t.follows else ahead) for t in sent])
+            total += self._overlapped(computing, sending)
+        home = len(self.steps[1]) if last else 0
+        return total + self._alone(self._together([(t, home) for t in sent if t.follows]))
+
+    def _double_ring(self, sent: list[Transfer]) -> _Time:
+        """Rounds; the outer step is on its way during a whole round, the inner ones during theirs."""
+        rounds, size, total = self.choice.outer, self.choice.inner, _Time()
+        inner = [t for t in sent if t.axis.stride == 1]
+        outer = [t for t in sent if t.axis.stride != 1]
+        for round_ in range(rounds):
+            computing, sending = _Time(), 0.0
+            for step in range(size):
+                pairs = self._most(self._met_in_round(round_, step))
+                on_way = [(t, 1) for t in inner if t.follows or step < size - 1]
+                computing += self._overlapped(self._compute(pairs, self.shard), self._together(on_way))
+            if round_ < rounds - 1:
+                sending = self._together([(t, 1) for t in outer])
+            busy = computing.compute + computing.memory + computing.exposed
+            exposed = sending if self.hardware.shared_processor else max(0.0, sending - busy)
+            total += computing + _Time(link=sending, exposed=exposed)
+        return total + self._alone(self._together([(t, 1) for t in outer if t.follows]))
+
+    def _all_gather(self, sent: list[Transfer]) -> _Time:
+        """Gathers of each group hide behind the computation on the last, and scatters behind the next."""
+        groups, total = self.choice.head_groups, _Time()
+        pairs = self._most(self._pairs().sum(axis=1))
+        gathers = self._together([(t, 1) for t in sent if t.collective == "all-gather"])
+        scatters = self._together([(t, 1) for t in sent if t.collective == "reduce-scatter"])
+        everything = self._everything()
+        total += self._alone(gathers) + self._alone(scatters)
+        for group in range(groups):
+            whole = self._compute(pairs, everything)
+            part = _Time(*(value / groups for value in whole))
+            total += self._overlapped(part, gathers + scatters if group < groups - 1 else 0.0)
+        return total
+
+    # Work
+
+    def _pairs(self) -> np.ndarray:
+        """By rank and offset: those of whole tiles, for a kernel computes no less."""
+        lengths = self.ring_size, self.shard.queries, self.shard.keys
+        return attended_pairs(self.workload.mask, self.choice.layout, *lengths, TILE)
+
+    def _most_pairs(self, offsets: tuple[int, ...]) -> float:
+        """Attended pairs of a head at a step, on the rank that has most; the mean where work adds up."""
+        return self._most(self._pairs()[:, [offset % self.ring_size for offset in offsets]].sum(axis=1))
+
+    def _most(self, met: np.ndarray) -> float:
+        return float(met.mean() if self.hardware.shared_processor else met.max())
+
+    def _met_in_round(self, round_: int, step: int) -> np.ndarray:
+        """Of a double ring, by rank: device i of host h meets device i - step of host h - round."""
+        size, ranks = self.choice.inner, np.arange(self.ring_size)
+        host = (ranks // size - round_) % self.choice.outer
+        source = host * size + (ranks % size - step) % size
+        return self._pairs()[ranks, (ranks - source) % self.ring_size]
+
+    def _balanced(self) -> float:
+        """The mean over devices of all pairs, as where each has some heads of everything."""
+        lengths = 1, self.workload.tokens, self.workload.num_keys
+        pairs = attended_pairs(self.workload.mask, "contiguous", *lengths, TILE)
+        return float(pairs.sum()) / self.choice.devices
+
+    def _everything(self) -> Shard:
+        return dataclasses.replace(self.shard, keys=self.shard.keys * self.choice.devices)
+
+    def _compute(self, pairs: float, shard: Shard, shards: int = 1) -> _Time:
+        """Seconds of `pairs` per head, of which the device has `shard.heads`."""
+        heads = shard.heads / self.workload.heads
+        operations = flop(self.workload, pairs, self.pass_) * heads / self.rate
+        if not pairs:
+            return _Time()
+        touched = 1.0
+        if window := self.workload.window:
+            # Where it reaches a corner only, w rows have w²/2 pairs, and the others are not read.
+            touched = min(1.0, 2 * pairs / (window * shard.queries))
+        moved = shards * (shard.kv + shard.q + 2 * (F32 * shard.out_items + shard.statistics))
+        if self.pass_ == "backward":
+            moved += shards * (2 * F32 * (shard.kv_items + shard.q_items) + shard.out)
+        reading = touched * moved / (self.hardware.memory_fraction * self.hardware.memory_bandwidth)
+        return _Time(compute=operations) if operations >= reading else _Time(memory=reading)
+
+    # Sending
+
+    def _together(self, sent: list[tuple[Transfer, int]]) -> float:
+        """Seconds of transfers that leave at once, each so many times in as many directions."""
+        ways = max((count for _, count in sent), default=0)
+        if not ways:
+            return 0.0
+        speedup = self.hardware.both_ways if ways == 2 else 1.0
+        seconds = sum(count * self._wire(transfer) for transfer, count in sent)
+        return self.hardware.latency + seconds / speedup
+
+    def _wire(self, transfer: Transfer) -> float:
+        """Seconds of the bytes of one transfer; within a host and across hosts at the same time."""
+        hardware, (size, stride) = self.hardware, transfer.axis
+        within = hardware.link_fraction * hardware.host_bandwidth
+        across = hardware.link_fraction * hardware.network_bandwidth
+        neighbours = min(size, max(1, hardware.host_size // stride))  # of the axis, on one host
+        if transfer.collective == "collective-permute":
+            return transfer.bytes_sent / (within if neighbours == size else across)
+        within *= hardware.collective_fraction
+        across *= hardware.collective_fraction
+        if neighbours == size:
+            return transfer.bytes_sent / within
+        # Each host needs a piece from elsewhere once; its devices fetch and share out equal parts.
+        share = (size - neighbours) / (size - 1)
+        if transfer.collective != "all-to-all":
+            share /= neighbours
+        return max(transfer.bytes_sent / within, transfer.bytes_sent * share / across)
+
+    def _overlapped(self, computing: _Time, sending: float) -> _Time:
+        if self.hardware.shared_processor:
+            return computing + self._alone(sending)
+        busy = computing.compute + computing.memory
+        return computing._replace(link=sending, exposed=max(0.0, sending - busy))
+
+    def _alone(self, sending: float) -> _Time:
+        return _Time(link=sending, exposed=sending)
+
+    def _exposed(self, sent: list[Transfer]) -> _Time:
+        return self._alone(sum(self._together([(transfer, transfer.count)]) for transfer in sent))

@@ -1,0 +1,258 @@
+"""Facts of hardware, each with its source, and what `ringjax plan --measure` found on this machine.
+
+Peaks are dense ones, of vendors' datasheets; where a datasheet states them with sparsity, they are half of
+it. What a kernel and a link attain of them are fractions, with a source of their own. Units are SI: bytes,
+bytes per second, operations per second, seconds.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+
+__all__ = ["HARDWARE", "MEASURED", "Hardware", "get_hardware", "load_measured", "save_measured"]
+
+MEASURED = "measured"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device, and the links between many.
+
+    Attributes:
+        name: what `hardware=` calls it.
+        flops: dense peak of matrix products by dtype of the operands, operations per second.
+        memory_bytes: device memory.
+        memory_bandwidth: of that memory, bytes per second.
+        host_bandwidth: what a device sends to those of its host (or NVLink domain), bytes per second and
+            direction, to all of them together.
+        network_bandwidth: what a device sends to those of other hosts, likewise.
+        host_size: devices of a host or NVLink domain.
+        latency: what a collective takes apart from its bytes, seconds.
+        forward_fraction: of the peak, attained by an attention kernel, forward.
+        backward_fraction: likewise, backward.
+        link_fraction: of either link, attained.
+        memory_fraction: of the memory's bandwidth, attained.
+        both_ways: bandwidth of sending to two neighbours at once over that of sending to one. 1 where all
+            links leave through one switch, 2 on a torus.
+        collective_fraction: rate of all-to-alls, gathers and scatters over that of permutes.
+        shared_processor: devices are simulated on one processor: their work adds up, and no transfer hides.
+        source: where the numbers are from.
+
+    Raises:
+        ValueError: a number is not positive, or a fraction above 1.
+    """
+
+    name: str
+    flops: Mapping[str, float]
+    memory_bytes: float
+    memory_bandwidth: float
+    host_bandwidth: float
+    network_bandwidth: float
+    host_size: int
+    latency: float
+    forward_fraction: float
+    backward_fraction: float
+    link_fraction: float = 0.8
+    memory_fraction: float = 0.8
+    both_ways: float = 1.0
+    collective_fraction: float = 1.0
+    shared_processor: bool = False
+    source: str
+
+    def __post_init__(self):
+        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type in (int, float)}
+        numbers |= {f"flops[{dtype!r}]": rate for dtype, rate in self.flops.items()}
+        for name, value in numbers.items():
+            if not value > 0:
+                raise ValueError(f"Hardware({self.name!r}): {name} is {value}; it must be positive.")
+            if name.endswith("_fraction") and value > 1:
+                raise ValueError(f"Hardware({self.name!r}): {name} is {value}; a fraction is at most 1.")
+
+    def peak(self, dtype: str) -> float:
+        """Operations per second of matrix products.
+
+        Raises:
+            ValueError: nothing is known of the dtype.
+        """
+        if dtype not in self.flops:
+            raise ValueError(
+                f"the FLOP/s of {self.name} are not known for dtype {dtype!r}, but for "
+                f"{', '.join(self.flops)}. Choose one of these, or measure: ringjax plan --measure."
+            )
+        return self.flops[dtype]
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain numbers and texts, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _by_dtype(*, half: float, single: float) -> dict[str, float]:
+    """Peaks of tensor cores for half precision, and of plain cores for float32, which no TF32 rounds."""
+    return {"bfloat16": half, "float16": half, "float32": single}
+
+
+# Seconds from the start of a collective to its first byte. No datasheet states it: an assumption, of the
+# order of what nccl-tests reports for the smallest messages between the GPUs of a host.
+_LATENCY = 1e-5
+
+# Attained fractions, bfloat16, heads of 128, long sequences, no more than these at the best:
+#   A100  FlashAttention-2, arXiv:2307.08691, abstract and §4.1: up to 73 % forward, 63 % backward
+#   H100  FlashAttention-3, arXiv:2407.08608, abstract: 740 TFLOP/s, 75 %; figure 6, backward: 560, 57 %
+#   B200  FlashAttention-4 (Together AI, 2026), abstract: 1,613 TFLOP/s, 71 %; backward: an assumption
+#   L40S  no published figure: an assumption
+# `link_fraction` and `memory_fraction` are assumptions: large messages of nccl-tests and STREAM-like copies
+# commonly reach 80 % or more.
+_ALL = (
+    Hardware(
+        name="a100-80gb-sxm",
+        flops=_by_dtype(half=312e12, single=19.5e12),
+        memory_bytes=80e9,
+        memory_bandwidth=2039e9,
+        host_bandwidth=300e9,  # NVLink 3: 600 GB/s, both directions together
+        network_bandwidth=25e9,  # DGX A100: eight 200 Gb/s ports for eight GPUs
+        host_size=8,
+        latency=_LATENCY,
+        forward_fraction=0.73,
+        backward_fraction=0.63,
+        source="NVIDIA A100 Tensor Core GPU datasheet, A100 80GB SXM (nvidia.com/en-us/data-center/a100); "
+        "DGX A100 datasheet for the network",
+    ),
+    Hardware(
+        name="h100-sxm",
+        flops=_by_dtype(half=989.5e12, single=67e12),  # 1,979 TFLOP/s with sparsity
+        memory_bytes=80e9,
+        memory_bandwidth=3350e9,
+        host_bandwidth=450e9,  # NVLink 4: 900 GB/s, both directions together
+        network_bandwidth=50e9,  # DGX H100: eight 400 Gb/s ports for eight GPUs
+        host_size=8,
+        latency=_LATENCY,
+        forward_fraction=0.75,
+        backward_fraction=0.57,
+        source="NVIDIA H100 Tensor Core GPU datasheet, H100 SXM (nvidia.com/en-us/data-center/h100); "
+        "DGX H100 datasheet for the network",
+    ),
+    Hardware(
+        name="h100-pcie",
+        flops=_by_dtype(half=756.5e12, single=51e12),  # 1,513 TFLOP/s with sparsity
+        memory_bytes=80e9,
+        memory_bandwidth=2000e9,
+        host_bandwidth=64e9,  # PCIe Gen5: 128 GB/s, both directions together; bridges join pairs only
+        network_bandwidth=25e9,  # an assumption: one 400 Gb/s port for two GPUs
+        host_size=8,  # an assumption: servers hold 1 to 8
+        latency=_LATENCY,
+        forward_fraction=0.75,
+        backward_fraction=0.57,
+        source="NVIDIA H100 PCIe GPU product brief PB-11133 (nvidia.com/en-us/data-center/h100)",
+    ),
+    Hardware(
+        name="h200-sxm",
+        flops=_by_dtype(half=989.5e12, single=67e12),  # 1,979 TFLOP/s with sparsity
+        memory_bytes=141e9,
+        memory_bandwidth=4800e9,
+        host_bandwidth=450e9,  # NVLink 4: 900 GB/s, both directions together
+        network_bandwidth=50e9,  # DGX H200: eight 400 Gb/s ports for eight GPUs
+        host_size=8,
+        latency=_LATENCY,
+        forward_fraction=0.75,
+        backward_fraction=0.57,
+        source="NVIDIA H200 Tensor Core GPU datasheet, H200 SXM (nvidia.com/en-us/data-center/h200); "
+        "DGX H200 datasheet for the network",
+    ),
+    Hardware(
+        name="b200",
+        flops=_by_dtype(half=2250e12, single=75e12),  # eight: 36 PFLOP/s with sparsity, and 600 TFLOP/s
+        memory_bytes=180e9,  # DGX B200: 1,440 GB for eight
+        memory_bandwidth=8000e9,  # 64 TB/s for eight
+        host_bandwidth=900e9,  # NVLink 5: 1.8 TB/s, both directions together
+        network_bandwidth=50e9,  # eight 400 Gb/s ports for eight GPUs
+        host_size=8,
+        latency=_LATENCY,
+        forward_fraction=0.71,
+        backward_fraction=0.55,
+        source="NVIDIA HGX platform, HGX B200 (nvidia.com/en-us/data-center/hgx); DGX B200 datasheet "
+        "(nvidia.com/en-us/data-center/dgx-b200) for memory and network",
+    ),
+    Hardware(
+        name="gb200-nvl72",
+        flops=_by_dtype(half=2500e12, single=80e12),  # 72: 360 PFLOP/s with sparsity, and 5,760 TFLOP/s
+        memory_bytes=186e9,  # 13.4 TB for 72
+        memory_bandwidth=8000e9,  # 576 TB/s for 72
+        host_bandwidth=900e9,  # 130 TB/s for 72, both directions together
+        network_bandwidth=50e9,  # DGX GB200: 72 ports of 400 Gb/s
+        host_size=72,
+        latency=_LATENCY,
+        forward_fraction=0.71,
+        backward_fraction=0.55,
+        source="NVIDIA GB200 NVL72 (nvidia.com/en-us/data-center/gb200-nvl72); DGX GB200 datasheet for the "
+        "network",
+    ),
+    Hardware(
+        name="l40s",
+        flops=_by_dtype(half=362.05e12, single=91.6e12),
+        memory_bytes=48e9,
+        memory_bandwidth=864e9,
+        host_bandwidth=32e9,  # PCIe Gen4 x16: 64 GB/s, both directions together
+        network_bandwidth=12.5e9,  # an assumption: one 200 Gb/s port for two GPUs
+        host_size=8,  # an assumption: servers hold 1 to 8
+        latency=_LATENCY,
+        forward_fraction=0.6,
+        backward_fraction=0.5,
+        source="NVIDIA L40S datasheet (nvidia.com/en-us/data-center/l40s)",
+    ),
+)
+HARDWARE: dict[str, Hardware] = {hardware.name: hardware for hardware in _ALL}
+
+
+def get_hardware(hardware: str | Hardware) -> Hardware:
+    """The hardware of that name; `"measured"` is what `ringjax plan --measure` stored.
+
+    Raises:
+        ValueError: there is none of that name, or nothing was measured yet.
+    """
+    if isinstance(hardware, Hardware):
+        return hardware
+    if hardware == MEASURED:
+        return load_measured()
+    if hardware not in HARDWARE:
+        raise ValueError(
+            f"hardware {hardware!r} is not known; choose one of {', '.join(HARDWARE)}, or measure what "
+            f"is at hand with `ringjax plan --measure` and say {MEASURED!r}."
+        )
+    return HARDWARE[hardware]
+
+
+def _measured_path() -> pathlib.Path:
+    from ..models.embedded import cache_folder  # and Flax with it, which plans do not need
+
+    return cache_folder() / "hardware.json"
+
+
+def save_measured(hardware: Hardware) -> pathlib.Path:
+    """Stores what was measured in the user's cache folder, at once or not at all; gives its path."""
+    path = _measured_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump(hardware.to_dict(), file, indent=2)
+    os.replace(file.name, path)
+    return path
+
+
+def load_measured() -> Hardware:
+    """What `save_measured` stored.
+
+    Raises:
+        ValueError: nothing was, or the file is not what it stored.
+    """
+    path = _measured_path()
+    if not path.exists():
+        raise ValueError(
+            f"nothing was measured on this machine yet ({path} is missing): run `ringjax plan --measure` "
+            f"first, or choose one of {', '.join(HARDWARE)}."
+        )
+    try:
+        return Hardware(**json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): run `ringjax plan --measure` again.") from error

@@ -1,0 +1,190 @@
+"""What the machine at hand does: its matrix products, attention, memory and links, as a `Hardware`."""
+
+import functools as ft
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from ..attention import ring_attention
+from ..ring import Ring
+from .hardware import MEASURED, Hardware
+from .workload import Dtype
+
+__all__ = ["STEPS", "measure"]
+
+AXIS = "ring"
+ALONE = "alone"
+STEPS = ("matrix products", "attention", "memory", "permutes", "all-to-alls")
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+REPEATS = 3
+HEADS, HEAD_DIM = 4, 64
+# Elements of float32 that a device sends at once, or reads and writes: what a shard may have.
+MESSAGE = 2**20
+
+
+def measure(
+    mesh: Mesh,
+    *,
+    seconds: float = 0.1,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Hardware:
+    """Measures devices while all of them work, as they do in a ring.
+
+    Args:
+        mesh: of at least two devices.
+        seconds: each problem is made large enough to take about so long.
+        progress: told which of the `STEPS` comes next.
+
+    Raises:
+        ValueError: there is one device only, whose links cannot be measured.
+    """
+    devices = mesh.devices.flatten()
+    if len(devices) < 2:
+        raise ValueError(
+            f"only {len(devices)} device: links are measured between at least 2. Simulate 8 on the CPU with "
+            f"JAX_PLATFORMS=cpu, or plan with facts of a kind of hardware."
+        )
+    bench = _Bench(devices, seconds)
+    on_cpu = devices[0].platform == "cpu"
+    dtype: Dtype = "float32" if on_cpu else "bfloat16"
+    progress(STEPS[0])
+    flops = {name: bench.matmul_rate(name) for name in DTYPES}
+    progress(STEPS[1])
+    forward, backward = bench.attention_rates(dtype)
+    progress(STEPS[2])
+    memory_bandwidth = bench.memory_bandwidth()
+    progress(STEPS[3])
+    latency, bandwidth, both_ways = bench.permutes()
+    progress(STEPS[4])
+    share = bench.all_to_all_bandwidth(latency) / bandwidth
+    return Hardware(
+        name=MEASURED,
+        flops=flops,
+        memory_bytes=_memory_bytes(mesh),
+        memory_bandwidth=memory_bandwidth,
+        host_bandwidth=bandwidth,
+        network_bandwidth=bandwidth,
+        host_size=len(devices),
+        latency=latency,
+        forward_fraction=min(1.0, forward / flops[dtype]),
+        backward_fraction=min(1.0, backward / flops[dtype]),
+        link_fraction=1.0,
+        memory_fraction=1.0,
+        both_ways=both_ways,
+        collective_fraction=min(1.0, share),
+        shared_processor=on_cpu,
+        source=f"measured on {len(devices)} {devices[0].device_kind} devices, attention in {dtype}, with JAX "
+        f"{jax.__version__}",
+    )
+
+
+def _memory_bytes(mesh: Mesh) -> float:
+    """Of one device: what its allocator may take, or its part of the machine's."""
+    if limit := (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit"):
+        return float(limit)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size
+
+
+class _Bench:
+    """Problems on a mesh, of which each device has its own part."""
+
+    def __init__(self, devices: np.ndarray, seconds: float):
+        self.size, self.seconds = devices.size, seconds
+        # An axis of one device: attention on it is a ring that sends nothing.
+        self.mesh = Mesh(devices.reshape(1, -1), (ALONE, AXIS), axis_types=(AxisType.Auto, AxisType.Auto))
+
+    def matmul_rate(self, dtype: Dtype) -> float:
+        """Operations per second and device of products of square matrices."""
+        product = jax.jit(ft.partial(jnp.matmul, precision=lax.Precision.HIGHEST))
+
+        def run(size: int) -> float:
+            x = self._ones(size, size, dtype=dtype)
+            return _seconds(product, x, x)
+
+        size, taken = self._grow(run, 128)
+        return 2 * size**3 / taken
+
+    def attention_rates(self, dtype: Dtype) -> tuple[float, float]:
+        """Operations per second and device of full attention by ringjax's own kernel: forward, backward."""
+        ring = Ring(ALONE, batch_axes=(AXIS,))
+
+        def attend(q, k, v):
+            return ring_attention(q, k, v, mesh=self.mesh, ring=ring)
+
+        @jax.jit
+        def both(q, k, v):
+            out, gradients = jax.vjp(attend, q, k, v)
+            return gradients(out)
+
+        def arrays(tokens: int) -> list[jax.Array]:
+            return 3 * [self._ones(tokens, HEADS, HEAD_DIM, dtype=dtype)]
+
+        forward = jax.jit(attend)
+        tokens, taken = self._grow(lambda tokens: _seconds(forward, *arrays(tokens)), 256)
+        flop = 4 * tokens**2 * HEADS * HEAD_DIM
+        # A noisy clock may find the whole faster than its part.
+        backward = max(_seconds(both, *arrays(tokens)) - taken, taken)
+        return flop / taken, 2.5 * flop / backward
+
+    def memory_bandwidth(self) -> float:
+        """Bytes per second and device, reading and writing."""
+        return 2 * 4 * MESSAGE / self._each(lambda x: x + 1, MESSAGE)
+
+    def permutes(self) -> tuple[float, float, float]:
+        """Seconds of an empty one; bytes per second of a large one; and of two, both ways, over that."""
+        latency, taken = self._each(self._shift, 1), self._each(self._shift, MESSAGE)
+        both_ways = 2 * taken / self._each(lambda x: self._shift(x) + self._shift(x, -1), MESSAGE)
+        return latency, 4 * MESSAGE / max(taken - latency, latency), float(np.clip(both_ways, 1, 2))
+
+    def all_to_all_bandwidth(self, latency: float) -> float:
+        """Bytes per second that a device sends to all the others."""
+        length = MESSAGE // self.size * self.size
+
+        def exchange(x):
+            return lax.all_to_all(x, AXIS, split_axis=1, concat_axis=1, tiled=True)
+
+        taken = self._each(exchange, length)
+        return 4 * length * (self.size - 1) / self.size / max(taken - latency, latency)
+
+    def _shift(self, x: jax.Array, by: int = 1) -> jax.Array:
+        return lax.ppermute(x, AXIS, [(rank, (rank + by) % self.size) for rank in range(self.size)])
+
+    def _ones(self, *shape: int, dtype: str = "float32") -> jax.Array:
+        """An array of that shape on each device, stacked."""
+        return jnp.ones((self.size, *shape), dtype, device=NamedSharding(self.mesh, P(AXIS)))
+
+    def _grow(self, run: Callable[[int], float], size: int) -> tuple[int, float]:
+        """The first of size, 2 size, … that takes long enough, and the seconds it takes."""
+        while (taken := run(size)) < self.seconds:
+            size *= 2
+        return size, taken
+
+    def _each(self, step: Callable[[jax.Array], jax.Array], length: int) -> float:
+        """Seconds of a step on so many elements of each device, in a program that repeats it."""
+
+        @jax.jit
+        @ft.partial(jax.shard_map, mesh=self.mesh, in_specs=(P(AXIS), P()), out_specs=P(AXIS))
+        def repeated(x, count):
+            return lax.fori_loop(0, count, lambda _, x: step(x), x)
+
+        x = self._ones(length)
+        count, taken = self._grow(lambda count: _seconds(repeated, x, jnp.int32(count)), 8)
+        return taken / count
+
+
+def _seconds(function: Callable, *arrays: jax.Array) -> float:
+    """The median of a few runs, after one that compiles."""
+    jax.block_until_ready(function(*arrays))
+    taken = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arrays))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)

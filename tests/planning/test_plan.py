@@ -1,0 +1,150 @@
+"""The plan: what it picks, what it says about it, and what it refuses."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from ringjax.planning import HARDWARE, plan
+
+CALL: dict[str, Any] = {"tokens": 2**20, "heads": 32, "kv_heads": 8, "head_dim": 128}
+
+
+def test_explanation_names_the_pick_and_the_reasons() -> None:
+    made = plan(**CALL)
+    text = made.explain()
+    assert made.best is made.candidates[0]
+    assert "1 × 1,048,576 tokens, 32 heads of 128 (8 of keys), causal, bfloat16, on 8 h100-sxm" in text
+    assert f"Take {made.best.choice.label}." in text
+    assert "Arithmetic binds" in text
+    assert "Returns " in text
+    assert f"from {made.shortest_shard:,} tokens per device on; here there are 131,072" in text
+    assert HARDWARE["h100-sxm"].source in text
+
+
+def test_plain_numbers_survive_json() -> None:
+    report = plan(**CALL, training=True, window=4096).to_dict()
+    assert json.loads(json.dumps(report)) == report
+    best = report["best"]
+    for name in ("bytes_per_hop", "hops", "flop", "memory_bytes", "seconds", "efficiency", "exposed_seconds"):
+        assert isinstance(best[name], int | float), name
+    assert math.isclose(best["link_seconds"], best["hidden_seconds"] + best["exposed_seconds"])
+
+
+def test_more_tokens_than_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tokens=2147483648: positions are int32, so give less than 2,147"):
+        plan(**CALL | {"tokens": 2**31})
+
+
+def test_every_strategy_is_looked_at() -> None:
+    strategies = {candidate.choice.strategy for candidate in plan(**CALL, devices=16).candidates}
+    assert strategies == {"ring", "ring_q", "all_gather", "ulysses", "usp", "double_ring"}
+
+
+def test_zigzag_beats_contiguous_under_a_causal_mask_only() -> None:
+    assert plan(**CALL).best.choice.layout == "zigzag"
+    assert plan(**CALL, causal=False).best.choice.layout == "contiguous"
+
+
+def test_few_queries_against_many_keys_travel_themselves() -> None:
+    made = plan(**CALL | {"tokens": 1024}, kv_tokens=2**20, causal=False)
+    keys = next(c for c in made.candidates if c.choice.strategy == "ring")
+    queries = next(c for c in made.candidates if c.choice.strategy == "ring_q")
+    assert queries.seconds < keys.seconds / 3
+    assert made.best is queries
+
+
+def test_slow_links_keep_keys_at_home_or_share_them_out_by_host() -> None:
+    made = plan(**CALL | {"tokens": 2**17}, devices=32, hardware="a100-80gb-sxm")
+    flat = next(c for c in made.candidates if c.choice.strategy == "ring")
+    assert made.best.choice.strategy != "ring"
+    assert made.best.exposed_seconds < flat.exposed_seconds
+
+
+def test_a_smaller_payload_sends_less() -> None:
+    sent = {
+        payload: plan(**CALL, payload=payload, strategy="ring", layout="zigzag").best.bytes_sent
+        for payload in (None, "int8")
+    }
+    # Scales: two float32 per token and head, beside 256 elements of one byte; and one all-reduce of a few.
+    assert math.isclose(sent["int8"] / sent[None], (256 + 8) / 512, rel_tol=1e-4)
+
+
+def test_payload_of_keys_leaves_out_queries_that_travel() -> None:
+    assert "forward no keys travel" in plan(**CALL, payload="float8").left_out["ring_q"]
+
+
+def test_shortest_shard_is_where_hiding_starts() -> None:
+    made = plan(**CALL, strategy="ring", layout="zigzag")
+    assert made.shortest_shard is not None
+    for shard, hidden in ((made.shortest_shard, True), (made.shortest_shard // 2, False)):
+        there = plan(**CALL | {"tokens": 8 * shard}, strategy="ring", layout="zigzag")
+        best = next(c for c in there.candidates if not c.choice.bidirectional)
+        assert (best.exposed_seconds <= 0.05 * best.seconds) is hidden
+    # DESIGN.md, of one pass: c ≥ m (e/2) (K/N) F/W, m = 2 under a causal mask; there is a latency beside it.
+    h100 = HARDWARE["h100-sxm"]
+    rate, width = h100.forward_fraction * h100.flops["bfloat16"], h100.link_fraction * h100.host_bandwidth
+    assert 0.8 < made.shortest_shard / (2 * (8 / 32) * rate / width) < 2
+
+
+def test_returns_diminish_earlier_for_shorter_sequences() -> None:
+    sizes = [plan(**CALL | {"tokens": tokens}).largest_worthwhile_ring for tokens in (2**13, 2**16, 2**20)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_nothing_is_sent_by_one_device() -> None:
+    made = plan(**CALL | {"tokens": 4096}, devices=1)
+    assert made.best.bytes_sent == 0
+    assert "One device sends nothing" in made.explain()
+
+
+def test_heads_that_do_not_split_leave_ulysses_out() -> None:
+    made = plan(**CALL | {"heads": 30, "kv_heads": 6})
+    assert "size of 1, 2, 3, 5, 6, 10, 15, 30" in made.left_out["ulysses"]
+    assert "ulysses" not in {c.choice.strategy for c in made.candidates}
+
+
+def test_facts_of_ones_own_are_taken() -> None:
+    slow = dataclasses.replace(HARDWARE["h100-sxm"], name="slow", host_bandwidth=1e9)
+    made = plan(**CALL, hardware=slow)
+    assert made.best.bound == "link"
+    assert "The links bind" in made.explain()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 0}, "tokens=0: give at least 1"),
+        ({"window": 0}, "window=0: give at least 1"),
+        ({"heads": 30}, "heads=30 does not divide by kv_heads=8"),
+        ({"window": 8, "causal": False}, "window=8 without causal"),
+        ({"devices": 0}, "devices=0: give a number from 1 to 1024"),
+        ({"devices": 4096}, "devices=4096: give a number from 1 to 1024"),
+        ({"dtype": "int4"}, "dtype='int4' is not known; choose one of 'bfloat16'"),
+        ({"payload": "int4"}, "payload='int4' is not known; choose one of 'bfloat16', 'int8', 'float8'"),
+        ({"strategy": "tree"}, "strategy='tree' is not known; choose one of 'ring'"),
+        ({"layout": "spiral"}, "layout='spiral' is not known; choose one of 'contiguous'"),
+        ({"hardware": "h100"}, "'h100' is not known; choose one of a100-80gb-sxm"),
+        ({"strategy": "ulysses", "devices": 64}, "heads=32 do not split over 64 devices"),
+        ({"strategy": "usp", "devices": 7}, "'usp' cannot split over devices=7"),
+        ({"strategy": "double_ring"}, "needs a multiple of the 8 devices of a host"),
+        ({"strategy": "ring_q", "payload": "int8"}, "payload='int8' is of keys"),
+        (
+            {"tokens": 2**26},
+            r"no way fits: ring, contiguous needs the least, \d+ GB per device, of which h100-sxm has 80 GB. "
+            r"Take about \d+ devices",
+        ),
+    ],
+)
+def test_bad_plans_say_what_to_change(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**CALL | change)
+
+
+def test_the_devices_that_are_advised_suffice() -> None:
+    with pytest.raises(ValueError, match="Take about 3[0-9] devices"):
+        plan(**CALL | {"tokens": 2**26}, strategy="ring")
+    assert plan(**CALL | {"tokens": 2**26}, strategy="ring", devices=48).best
