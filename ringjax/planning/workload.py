@@ -3,13 +3,14 @@
 import dataclasses
 import functools as ft
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .. import layouts
 from ..layouts import Layout
 from ..masks import Causal, Full, Mask, SlidingWindow
+from ..ring import Ring
 from ..schedule import Schedule, make_schedule
 
 __all__ = ["Choice", "Dtype", "Payload", "Shard", "StrategyName", "Workload", "attended_pairs"]
@@ -156,6 +157,24 @@ class Choice:
     def outer(self) -> int:
         """Size of the outer axis, R: of the ring, where there is one."""
         return self.devices // self.inner
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Names and sizes of the mesh axes that `ring` wants: one, or two of which the second is `inner`."""
+        if self.strategy in ("usp", "double_ring"):
+            return {"outer": self.outer, "inner": self.inner}
+        return {"ring": self.devices}
+
+    def ring(self, **fields: Any) -> Ring:
+        """The choice as a `Ring` over `axes`; `fields` are further ones of it, such as `payload`."""
+        return Ring(
+            tuple(self.axes),
+            strategy=self.strategy,
+            layout=self.layout,
+            bidirectional=self.bidirectional,
+            head_groups=self.head_groups,
+            **fields,
+        )
 
     @property
     def label(self) -> str:

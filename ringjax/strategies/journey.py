@@ -63,7 +63,7 @@ def journey(
     while legs:
         hops = [_hops(leg, at, add) for leg in legs]
         step = ft.partial(_step, [leg[at] for leg in legs], hops, visit, problem, add)
-        count = 1 if None in left else _alike(legs, at, add)
+        count = 1 if any(x is None for x in left) else _alike(legs, at, add)
         stay, shards, left = _repeat(step, (stay, shards, left), count)
         at += count
         for leg, sum_ in zip(legs, left, strict=True):

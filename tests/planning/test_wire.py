@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections import Counter
-from typing import get_args
 
 import helpers
 import jax
@@ -13,9 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 import ringjax
-from ringjax import Ring
 from ringjax.planning import Choice, Workload, transfers
-from ringjax.strategies import Strategy
 
 SMALL = Workload(tokens=384, heads=4, kv_heads=2, head_dim=8, value_dim=4, dtype="float32")
 
@@ -54,31 +51,12 @@ def predicted(workload: Workload, choice: Choice, pass_: str) -> Counter[tuple[s
     return total
 
 
-def mesh_and_ring(workload: Workload, choice: Choice) -> tuple[Mesh, Ring]:
-    """As the user would ask for the choice; skips what is not there yet."""
-    wanted = {"payload": workload.payload, "bidirectional": choice.bidirectional or None}
-    wanted |= {"head_groups": choice.head_groups if choice.head_groups > 1 else None}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    missing = wanted.keys() - {field.name for field in dataclasses.fields(Ring)}
-    strategies = {choice.strategy}
-    if any(transfer.what == "dq" for transfer in transfers(workload, choice, training=True)):
-        strategies.add("ring_q")  # the backward pass of a ring may take its way
-    if missing := sorted(missing | (strategies - set(get_args(Strategy)))):
-        pytest.skip(f"waits for {', '.join(missing)}")
-    devices = np.array(jax.devices()[: choice.devices])
-    if choice.strategy in ("usp", "double_ring"):
-        grid, names = devices.reshape(choice.outer, choice.inner), ("outer", "inner")
-    else:
-        grid, names = devices, ("ring",)
-    mesh = Mesh(grid, names, axis_types=(AxisType.Explicit,) * len(names))
-    axis_name = names if len(names) > 1 else names[0]
-    return mesh, Ring(axis_name, strategy=choice.strategy, layout=choice.layout, **wanted)
-
-
 def compiled(workload: Workload, choice: Choice) -> tuple[str, str]:
     """The programs of the forward pass, and of the backward pass alone."""
     w = workload
-    mesh, ring = mesh_and_ring(w, choice)
+    devices = np.array(jax.devices()[: choice.devices]).reshape(tuple(choice.axes.values()))
+    mesh = Mesh(devices, tuple(choice.axes), axis_types=(AxisType.Explicit,) * devices.ndim)
+    ring = choice.ring(payload=w.payload)
     sharding = NamedSharding(mesh, ring.spec)
     shapes = [
         (w.batch, w.tokens, w.heads, w.head_dim),

@@ -26,6 +26,7 @@ WAYS = {
 SPLITS = [(2, 4), (4, 2), (8, 1), (1, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("way", WAYS)
 def test_ring_sizes(rng, way, ring_size) -> None:
@@ -68,6 +69,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "bias"), PAIRS)
 def test_all_features_at_once_with_batch_and_heads_split_too(rng, way, bias) -> None:
     arrays = {"bias": bias, "mask": BIASES[bias]}

@@ -8,12 +8,14 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
 
 from .attention import BenchAttention
 from .generation import BenchGeneration
+from .plan import BenchPlan
 
 __all__ = ["Bench"]
 
 Benchmark = (
     Annotated[BenchAttention, tyro.conf.subcommand("attention")]
     | Annotated[BenchGeneration, tyro.conf.subcommand("generation")]
+    | Annotated[BenchPlan, tyro.conf.subcommand("plan")]
 )
 
 
