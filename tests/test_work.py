@@ -22,10 +22,10 @@ def counting_forward(q, kv, tile, into):
     """In `out`, `B T N 2P`, how many blocks of each rank's keys are visited, and masked; in lse whose."""
     visits = base.visits(
         tile,
-        base.Blocks.cut(q.shape[1], tile.block_sizes.q, tile.runs),
-        base.Blocks.cut(kv.shape[1], tile.block_sizes.kv, tile.runs),
+        base.Blocks.cut(q.shape[1], tile.block_sizes.q, tile.q_runs),
+        base.Blocks.cut(kv.shape[2], tile.block_sizes.kv, tile.kv_runs),
     )
-    source, ring_size = tile.kv_start // kv.shape[1], into.out.shape[3] // 2
+    source, ring_size = tile.kv_start // kv.shape[2], into.out.shape[3] // 2
     counts = jnp.stack([visits.total.sum(axis=-1), visits.partial.sum(axis=-1)], axis=-1)  # B|1 2
     columns = jax.nn.one_hot(jnp.array([0, ring_size]) + source, 2 * ring_size, dtype=jnp.float32)  # 2 2P
     written = jnp.broadcast_to(counts.astype(jnp.float32) @ columns, (q.shape[0], 2 * ring_size))
