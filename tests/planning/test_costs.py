@@ -194,6 +194,7 @@ MEMORY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MEMORY)
 def test_memory_is_within_15_percent_of_the_compilers(case) -> None:
     tokens, heads, choice, training = MEMORY[case]
