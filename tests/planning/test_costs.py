@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import grid
 from helpers import causal_mask, window_mask
 from jax.sharding import NamedSharding
-from test_wire import mesh_and_ring
 
 import ringjax
 from ringjax import Causal, Full, SlidingWindow, layouts
@@ -199,7 +199,7 @@ MEMORY = {
 def test_memory_is_within_15_percent_of_the_compilers(case) -> None:
     tokens, heads, choice, training = MEMORY[case]
     workload = Workload(tokens=tokens, **heads, head_dim=64, dtype="float32")
-    mesh, spread = mesh_and_ring(workload, choice)
+    mesh, spread = grid(**choice.axes), choice.ring()
     sharding = NamedSharding(mesh, spread.spec)
     q, kv = (
         jax.ShapeDtypeStruct((1, tokens, n, 64), jnp.float32, sharding=sharding)

@@ -7,9 +7,9 @@ from collections import Counter
 import helpers
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from cases import grid
+from jax.sharding import NamedSharding
 
 import ringjax
 from ringjax.planning import Choice, Workload, transfers
@@ -54,9 +54,7 @@ def predicted(workload: Workload, choice: Choice, pass_: str) -> Counter[tuple[s
 def compiled(workload: Workload, choice: Choice) -> tuple[str, str]:
     """The programs of the forward pass, and of the backward pass alone."""
     w = workload
-    devices = np.array(jax.devices()[: choice.devices]).reshape(tuple(choice.axes.values()))
-    mesh = Mesh(devices, tuple(choice.axes), axis_types=(AxisType.Explicit,) * devices.ndim)
-    ring = choice.ring(payload=w.payload)
+    mesh, ring = grid(**choice.axes), choice.ring(payload=w.payload)
     sharding = NamedSharding(mesh, ring.spec)
     shapes = [
         (w.batch, w.tokens, w.heads, w.head_dim),
