@@ -11,7 +11,7 @@ __all__ = ["backward"]
 def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem) -> Inputs:
     """Keys and values with their float32 gradient; or queries with dout, their statistics and gradient.
 
-    A bias or mask array is cut by queries, so with one it is keys and values.
+    Bias and mask arrays are cut by queries, which therefore stay where there is one.
     """
     arrays = inputs.operands.bias is not None or inputs.operands.mask is not None
     way = rotate_kv if arrays or not _queries_are_less(inputs, lse, dout, problem) else rotate_q

@@ -34,13 +34,13 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
 
 
 def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem) -> Inputs:
-    """Gradients of what stays, and of this rank's own queries."""
-    kv, there = decoded(inputs, problem), _with_operands_by_keys(inputs, problem)
-    nothing = no_gradients(there, kv)
+    """Gradients of what stays, and of this rank's own queries, where there is no bias or mask array."""
+    kv = decoded(inputs, problem)
+    nothing = no_gradients(inputs, kv)
 
     def visit(stay, shard, offset):
         q, q_tokens, *statistics = shard
-        meeting = _meeting(there, problem, q_tokens, offset)
+        meeting = _meeting(inputs, problem, q_tokens, offset)
         start = stay._replace(dq=nothing.dq)
         gradients = problem.kernel_module.backward(q, kv, *statistics, meeting, start)
         return gradients._replace(dq=None), gradients.dq
@@ -48,10 +48,6 @@ def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, 
     home = inputs.q, inputs.q_tokens, lse, delta, dout
     stay, dq = journey(home, nothing._replace(dq=None), visit, problem=problem, legs=_legs(problem))
     dkv, dconstants = problem.payload.pull(inputs.kv, inputs.constants, stay.dkv)
-    if stay.dbias is not None and inputs.operands.bias is not None:
-        bias = inputs.operands.bias.astype(stay.dbias.dtype)
-        _, to_queries = jax.vjp(lambda x: _by_keys(x, inputs, problem), bias)
-        stay = stay._replace(dbias=to_queries(stay.dbias)[0])
     return gradient(stay._replace(dq=dq), dkv, dconstants)
 
 

@@ -92,6 +92,13 @@ def test_either_backward_pass(rng, way, T, K) -> None:
     check(rng, case)
 
 
+@pytest.mark.parametrize("way", ["ring", "ring_q"])
+@pytest.mark.parametrize("arrays", [{"bias": "NTS"}, {"mask": "TS"}])
+def test_queries_with_an_array_of_their_rows_stay_at_home(rng, way, arrays) -> None:
+    """Going back: they would be less to send, but the array is cut by queries."""
+    check(rng, Case(ring_size=4, B=1, T=8, S=32, N=4, K=4, H=4, Hv=4, causal=False, **arrays, **WAYS[way]))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_positions_and_lengths_as_data(rng, way) -> None:
     case = {"ring_size": 4, "B": 2, "T": 16, "N": 4, "K": 4, "positions": "rows", "lengths": True}
