@@ -162,6 +162,14 @@ def groups_of(text: str) -> list[list[int]]:
         ints = lambda x: [int(n) for n in x.split(",")]
         devices = np.arange(np.prod(ints(dims))).reshape(ints(dims))
         found += devices.transpose(ints(order) if order else None).reshape(ints(shape)).tolist()
+    # XLA of JAX 0.12 names the axes.
+    for axes, joined in re.findall(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+        kept = [i for i, name in enumerate(sizes) if f"'{name}'" not in joined]
+        devices = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
+        rest = [i for i in range(len(sizes)) if i not in kept]
+        size = int(np.prod([devices.shape[i] for i in rest]))
+        found += devices.transpose(kept + rest).reshape(-1, size).tolist()
     return found
 
 
