@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..kernels import Tile
 from ..masks import Tokens
 from .base import Inputs, Problem, decoded, finish, gradient, no_gradients, no_partial, tile
 
@@ -20,11 +21,11 @@ __all__ = ["backward", "forward"]
 
 def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
     """Attention over the keys of all."""
+    kv_tokens = _all_tokens(inputs, problem)
 
     def attend(heads: Inputs, index):
-        everything = _gathered(heads, problem)
-        kv = decoded(everything, problem)
-        meeting = _meeting(heads, everything, problem, index)
+        kv = decoded(heads, problem, _gathered(heads.kv, problem))
+        meeting = _meeting(heads, kv_tokens, problem, index)
         return problem.kernel_module.forward(heads.q, kv, meeting, no_partial(heads, kv))
 
     partial = _by_heads(attend, inputs, problem)
@@ -33,13 +34,14 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
 
 def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem) -> Inputs:
     """Gradients of this rank's own queries, keys and values."""
+    kv_tokens = _all_tokens(inputs, problem)
 
     def pull(heads: Inputs, index, *statistics):
-        everything = _gathered(heads, problem)
-        kv = decoded(everything, problem)
-        meeting = _meeting(heads, everything, problem, index)
+        wire = _gathered(heads.kv, problem)
+        kv = decoded(heads, problem, wire)
+        meeting = _meeting(heads, kv_tokens, problem, index)
         gradients = problem.kernel_module.backward(heads.q, kv, *statistics, meeting, no_gradients(heads, kv))
-        dkv, dconstants = problem.payload.pull(everything.kv, heads.constants, gradients.dkv)
+        dkv, dconstants = problem.payload.pull(wire, heads.constants, gradients.dkv)
         dkv = lax.psum_scatter(dkv, problem.axis_names, scatter_dimension=2, tiled=True)
         return gradients._replace(dkv=dkv), dconstants
 
@@ -56,21 +58,20 @@ def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, 
     return gradient(gradients, _joined(gradients.dkv, 1), jax.tree.map(lambda x: x[0], dconstants))
 
 
-def _gathered(inputs: Inputs, problem: Problem) -> Inputs:
-    """With the keys and values of all, in layout order, and where they stand if that was given."""
-
-    def gather(x, axis):
-        return lax.all_gather(x, problem.axis_names, axis=axis, tiled=True)
-
-    kv = jax.tree.map(lambda x: gather(x, 2), inputs.kv)
-    return inputs._replace(kv=kv, kv_tokens=jax.tree.map(lambda x: gather(x, 1), inputs.kv_tokens))
+def _gathered(tree, problem: Problem, axis: int = 2):
+    """That of all ranks, in layout order."""
+    return jax.tree.map(lambda x: lax.all_gather(x, problem.axis_names, axis=axis, tiled=True), tree)
 
 
-def _meeting(inputs: Inputs, everything: Inputs, problem: Problem, index):
-    kv_tokens: Tokens | None = everything.kv_tokens
-    if kv_tokens is None:
-        shards = [problem.tokens(i, inputs.kv_length, problem.kv_length) for i in range(problem.ring_size)]
-        kv_tokens = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *shards)
+def _all_tokens(inputs: Inputs, problem: Problem) -> Tokens:
+    """Where the keys of all stand."""
+    if inputs.kv_tokens is not None:
+        return _gathered(inputs.kv_tokens, problem, axis=1)
+    shards = [problem.tokens(i, inputs.kv_length, problem.kv_length) for i in range(problem.ring_size)]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *shards)
+
+
+def _meeting(inputs: Inputs, kv_tokens: Tokens, problem: Problem, index) -> Tile:
     meeting = tile(inputs, problem, inputs.q_tokens, kv_tokens, problem.rank, jnp.int32(0))
     return dataclasses.replace(
         meeting,
