@@ -181,6 +181,7 @@ def latent_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    return_residual: bool = False,
     segment_ids: PerSide | None = None,
     positions: PerSide | None = None,
     logits_soft_cap: float | None = None,
@@ -190,7 +191,7 @@ def latent_attention(
     broadcast_dropout: bool = False,
     mesh: Mesh | AbstractMesh | None = None,
     ring: Ring = Ring(),
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Multi-head latent attention (MLA), of which only the latent and the rotary key travel.
 
     The result is that of `ring_attention` with `key = [latent @ key_up, rotary_key]` and
@@ -211,6 +212,7 @@ def latent_attention(
         query_seq_lengths: as there.
         key_value_seq_lengths: as there.
         local_window_size: as there.
+        return_residual: as there.
         segment_ids: as there.
         positions: as there.
         logits_soft_cap: as there.
@@ -222,7 +224,7 @@ def latent_attention(
         ring: as there; strategies that split heads are not supported, nor is a payload.
 
     Returns:
-        The output `B T N Hv` in the query's dtype, and the log-sum-exp `B T N`.
+        `B T N Hv` in the query's dtype, split over the ring like the query.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -238,12 +240,13 @@ def latent_attention(
             f"latent_attention(ring=Ring(payload={ring.payload!r}, head_groups={ring.head_groups})): the "
             f"latent is what travels, and it has no heads. Leave both out."
         )
-    return _over_mesh(
+    out, lse = _over_mesh(
         q, c[:, :, None], r[:, :, None], tuple(constants), Latent(c.shape[2]), bias, mask, segment_ids,
         positions, (query_seq_lengths, key_value_seq_lengths), mesh, ring, scale=scale, is_causal=is_causal,
         local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
     )  # fmt: skip
+    return (out, lse) if return_residual else out
 
 
 def _over_mesh(

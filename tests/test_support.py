@@ -70,7 +70,7 @@ def check_latent(rng: np.random.Generator, case: Case) -> None:
     ups = draw(4, 2, 3), draw(4, 2, 3)
     k, v = (jnp.einsum("bsr,rkh->bskh", latent, up, precision="highest") for up in ups)
     k = jnp.concatenate([k, jnp.broadcast_to(rotary[:, :, None], (1, 16, 2, 2))], axis=-1)
-    out, _ = latent_attention(q, latent, rotary, *ups, is_causal=True, mesh=case.mesh, ring=case.ring)
+    out = latent_attention(q, latent, rotary, *ups, is_causal=True, mesh=case.mesh, ring=case.ring)
     np.testing.assert_allclose(out, reference_attention(q, k, v, is_causal=True), atol=1e-5)
 
 
