@@ -19,7 +19,6 @@ from .strategies.base import Strategy
 __all__ = ["Ring", "shard_sequence", "unshard_sequence"]
 
 AxisNames = str | tuple[str, ...]
-DtypeName = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,56 +126,38 @@ class Ring:
         cls,
         axis_name: AxisNames = "ring",
         *,
-        tokens: int,
-        heads: int,
-        head_dim: int,
-        batch: int = 1,
-        kv_tokens: int | None = None,
-        kv_heads: int | None = None,
-        value_dim: int | None = None,
-        dtype: DtypeName = "bfloat16",
-        causal: bool = True,
-        window: int | None = None,
-        payload: PayloadName | None = None,
-        training: bool = False,
-        layout: Layout | None = None,
         mesh: Mesh | AbstractMesh | None = None,
         hardware: str | None = None,
-        **fields: Any,
+        training: bool = False,
+        layout: Layout | None = None,
+        payload: PayloadName | None = None,
+        batch_axes: tuple[str, ...] = (),
+        head_axes: tuple[str, ...] = (),
+        **call: Any,
     ) -> "Ring":
         """The ring that `ringjax.plan` picks for a call on a mesh: strategy, layout, directions, head groups.
 
         Args:
             axis_name: the mesh axis or axes that the sequence is split over.
-            tokens: T, of the whole sequence; this and all up to `training` as in `ringjax.plan`.
-            heads: N, of the whole model, as are all numbers here.
-            head_dim: H.
-            batch: B.
-            kv_tokens: S; None means T.
-            kv_heads: K; None means N.
-            value_dim: Hv; None means H.
-            dtype: of query, key and value.
-            causal: whether the mask is causal.
-            window: how many keys a query sees; None means all.
-            payload: the form in which keys and values travel.
-            training: whether the backward pass counts too.
-            layout: None leaves it to the plan.
             mesh: the mesh; None means the ambient one.
             hardware: a name of `ringjax.planning.HARDWARE`, or `"measured"`; None is that of the mesh.
-            **fields: further fields of the ring, such as `batch_axes`.
+            training: whether the backward pass counts too.
+            layout: None leaves it to the plan.
+            payload: the form in which keys and values travel.
+            batch_axes: as in `Ring`.
+            head_axes: as in `Ring`.
+            **call: the whole call, as in `ringjax.plan`: `tokens`, `heads`, `head_dim`, and what is not as by
+                default there.
 
         Raises:
-            ValueError: no way fits, or the hardware is not known.
+            ValueError: no way fits, batch or heads do not split, or the hardware is not known.
         """
-        from .planning.auto import choose, hardware_of
+        from .planning.auto import hardware_of, planned
         from .planning.workload import Workload
 
         mesh = resolve_mesh(mesh)
-        ring = cls(axis_name, payload=payload, **fields)
+        ring = cls(axis_name, payload=payload, batch_axes=batch_axes, head_axes=head_axes)
         ring.size(mesh)
-        batches, splits = (
-            math.prod(mesh.shape[name] for name in axes) for axes in (ring.batch_axes, ring.head_axes)
-        )
         hardware = hardware or hardware_of(mesh)
         if hardware is None:
             raise ValueError(
@@ -184,27 +165,8 @@ class Ring:
                 "hardware='h100-sxm', or measure them with `ringjax plan --measure` and say "
                 "hardware='measured'."
             )
-        workload = Workload(
-            batch=-(-batch // batches),
-            tokens=tokens,
-            kv_tokens=kv_tokens,
-            heads=heads // splits,
-            kv_heads=None if kv_heads is None else kv_heads // splits,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            dtype=dtype,
-            causal=causal,
-            window=window,
-            payload=payload,
-        )
-        choice = choose(workload, ring.axis_sizes(mesh), layout, hardware, training)
-        return dataclasses.replace(
-            ring,
-            strategy=choice.strategy,
-            layout=choice.layout,
-            bidirectional=choice.bidirectional,
-            head_groups=choice.head_groups,
-        )
+        whole = Workload(payload=payload, **call)
+        return planned(ring, mesh, whole, layout=layout, hardware=hardware, training=training)
 
     @property
     def axis_names(self) -> tuple[str, ...]:

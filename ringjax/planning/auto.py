@@ -13,9 +13,9 @@ from ..layouts import Layout
 from ..masks import Both, Causal, Mask, SlidingWindow
 from ..ring import Ring
 from .plan import plan
-from .workload import Choice, Dtype, Workload
+from .workload import Dtype, Workload
 
-__all__ = ["choose", "hardware_of", "with_strategy"]
+__all__ = ["hardware_of", "planned", "with_strategy"]
 
 # How a device names itself, from the more to the less particular.
 KINDS = {
@@ -35,18 +35,43 @@ def hardware_of(mesh: Mesh | AbstractMesh) -> str | None:
     return next((name for kind, name in KINDS.items() if kind in device.device_kind), None)
 
 
-@ft.lru_cache(maxsize=256)
-def choose(
-    workload: Workload, axis_sizes: tuple[int, ...], layout: Layout | None, hardware: str, training: bool
-) -> Choice:
-    """The best way on these axes.
+def planned(
+    ring: Ring,
+    mesh: Mesh | AbstractMesh,
+    whole: Workload,
+    *,
+    layout: Layout | None,
+    hardware: str,
+    training: bool,
+) -> Ring:
+    """`ring` as the plan would have it, for its part of a call whose batch and heads may be split too.
 
     Raises:
-        ValueError: as `plan` does.
+        ValueError: batch or heads do not split, or `plan` finds no way.
     """
-    shape: dict[str, Any] = {name: getattr(workload, name) for name in workload.__dataclass_fields__}
-    made = plan(**shape, hardware=hardware, training=training, layout=layout, axis_sizes=axis_sizes)
-    return made.best.choice
+    shape = dataclasses.asdict(whole)
+    for names, axes in ((("batch",), ring.batch_axes), (("heads", "kv_heads"), ring.head_axes)):
+        size = math.prod(mesh.shape[name] for name in axes)
+        for name in names:
+            if (shape[name] or size) % size:
+                raise ValueError(
+                    f"{name}={shape[name]} does not divide over mesh axes {axes} of size {size}."
+                )
+            shape[name] = shape[name] and shape[name] // size
+    sizes = ring.axis_sizes(mesh)
+    made = plan(**shape, hardware=hardware, training=training, layout=layout, axis_sizes=sizes)
+    choice = made.best.choice
+    return dataclasses.replace(
+        ring,
+        strategy=choice.strategy,
+        layout=choice.layout,
+        bidirectional=choice.bidirectional,
+        head_groups=choice.head_groups,
+    )
+
+
+# For `strategy="auto"`, which asks on every call.
+_planned = ft.lru_cache(maxsize=256)(planned)
 
 
 def with_strategy(
@@ -69,38 +94,29 @@ def with_strategy(
     """
     if ring.strategy != "auto":
         return ring
+    plain = dataclasses.replace(ring, strategy="ring")
     hardware, name = hardware_of(mesh), cast(Dtype, jnp.dtype(dtype).name)
     if hardware is None or name not in get_args(Dtype) or ring.bidirectional:
-        return dataclasses.replace(ring, strategy="ring")
+        return plain
     batch, tokens, heads, head_dim = q_shape
-    batches, splits = (
-        math.prod(mesh.shape[name] for name in axes) for axes in (ring.batch_axes, ring.head_axes)
-    )
     causal, window = _causal_and_window(mask)
-    window = window if causal else None
-    workload = Workload(
-        batch=batch // batches,
-        tokens=tokens,
-        kv_tokens=kv_shape[0],
-        heads=heads // splits,
-        kv_heads=kv_shape[1] // splits,
-        head_dim=head_dim,
-        value_dim=kv_shape[2],
-        dtype=name,
-        causal=causal,
-        window=window,
-        payload=ring.payload,
-    )
     try:
-        choice = choose(workload, ring.axis_sizes(mesh), ring.layout, hardware, True)
+        whole = Workload(
+            batch=batch,
+            tokens=tokens,
+            kv_tokens=kv_shape[0],
+            heads=heads,
+            kv_heads=kv_shape[1],
+            head_dim=head_dim,
+            value_dim=kv_shape[2],
+            dtype=name,
+            causal=causal,
+            window=window if causal else None,
+            payload=ring.payload,
+        )
+        return _planned(plain, mesh, whole, layout=ring.layout, hardware=hardware, training=True)
     except ValueError:  # that no way fits is not for a prediction to say
-        return dataclasses.replace(ring, strategy="ring")
-    return dataclasses.replace(
-        ring,
-        strategy=choice.strategy,
-        bidirectional=choice.bidirectional,
-        head_groups=choice.head_groups,
-    )
+        return plain
 
 
 def _causal_and_window(mask: Mask) -> tuple[bool, int | None]:

@@ -23,9 +23,9 @@ def known(monkeypatch):
     slow = dataclasses.replace(HARDWARE["h100-sxm"], host_bandwidth=1e6, latency=1e-9)
     monkeypatch.setitem(HARDWARE, "h100-sxm", slow)
     monkeypatch.setattr(auto, "hardware_of", lambda mesh: "h100-sxm")
-    auto.choose.cache_clear()
+    auto._planned.cache_clear()
     yield
-    auto.choose.cache_clear()
+    auto._planned.cache_clear()
 
 
 def test_the_ring_is_that_of_the_plan() -> None:
@@ -47,6 +47,18 @@ def test_split_heads_are_planned_for_what_is_left(known) -> None:
     ring = Ring.auto(**CALL | {"heads": 16}, mesh=mesh, head_axes=("model",))
     assert ring.head_axes == ("model",)
     assert ring.strategy == plan(**CALL | {"heads": 8, "kv_heads": 4}, axis_sizes=(4,)).best.choice.strategy
+
+
+def test_batch_and_heads_that_do_not_split_are_refused() -> None:
+    mesh = grid(data=2, ring=2, model=2)
+    pick = lambda **call: Ring.auto(
+        **CALL | call, mesh=mesh, hardware="h100-sxm", batch_axes=("data",), head_axes=("model",)
+    )
+    with pytest.raises(ValueError, match=r"batch=3 does not divide over mesh axes \('data',\) of size 2"):
+        pick(batch=3)
+    with pytest.raises(ValueError, match=r"kv_heads=1 does not divide over mesh axes \('model',\)"):
+        pick(batch=2, kv_heads=1)
+    assert pick(batch=2).batch_axes == ("data",)
 
 
 def test_unknown_devices_are_to_be_named() -> None:
