@@ -43,10 +43,13 @@ def test_only_what_the_axes_can_do_is_looked_at() -> None:
 
 
 def test_split_heads_are_planned_for_what_is_left(known) -> None:
-    mesh = grid(ring=4, model=2)
-    ring = Ring.auto(**CALL | {"heads": 16}, mesh=mesh, head_axes=("model",))
+    """Twelve heads would split over a ring of four; the six that a model axis of two leaves do not."""
+    call = CALL | {"heads": 12, "kv_heads": 12}
+    assert Ring.auto(**call, mesh=grid(ring=4)).strategy == "ulysses"
+    ring = Ring.auto(**call, mesh=grid(ring=4, model=2), head_axes=("model",))
     assert ring.head_axes == ("model",)
-    assert ring.strategy == plan(**CALL | {"heads": 8, "kv_heads": 4}, axis_sizes=(4,)).best.choice.strategy
+    assert ring.strategy == plan(**call | {"heads": 6, "kv_heads": 6}, axis_sizes=(4,)).best.choice.strategy
+    assert ring.strategy != "ulysses"
 
 
 def test_batch_and_heads_that_do_not_split_are_refused() -> None:

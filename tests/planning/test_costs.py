@@ -184,6 +184,7 @@ MEMORY = {
     "ring, queries back": (32_768, QUERIES, ring(), True),
     "ring, forward": (8192, QUERIES, ring(), False),
     "ring, longer, forward": (32_768, KEYS, ring(), False),
+    "both ways, forward": (32_768, KEYS, ring(bidirectional=True), False),
     "both ways": (32_768, KEYS, ring(bidirectional=True), True),
     "ring_q, forward": (32_768, KEYS, Choice(strategy="ring_q", devices=8, layout="zigzag"), False),
     "all_gather": (32_768, KEYS, Choice(strategy="all_gather", devices=8, layout="zigzag"), True),
