@@ -1,5 +1,6 @@
 """Devices, strictness, fixtures, and the count of tests that waited for the `peers` extra."""
 
+import collections
 import importlib.util
 import os
 import zlib
@@ -45,7 +46,15 @@ def pytest_report_header() -> str:
     return f"ringjax: jax {jax.__version__} on {PLATFORM}, RINGJAX_TEST_SEED={SEED}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thin", type=int, default=1, metavar="N", help="of each parametrised test, run one case in N"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (thin := config.getoption("--thin")) > 1:
+        _thin_out(config, items, thin)
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if not missing:
         return
@@ -53,6 +62,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("peers"):
             item.add_marker(skip)
+
+
+def _thin_out(config: pytest.Config, items: list[pytest.Item], thin: int) -> None:
+    """Keeps one case in so many of each test, and so at least one of every test."""
+    seen: collections.Counter[str] = collections.Counter()
+    kept, left_out = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (left_out if seen[test] % thin else kept).append(item)
+        seen[test] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.hookimpl(trylast=True)

@@ -23,8 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # transformers warns about itself
 ]
 MakeMesh = Callable[..., Mesh]
-RINGS = [(1, "contiguous"), (1, "zigzag"), (3, "contiguous"), (3, "zigzag"), (8, "contiguous"),
-         (8, "zigzag")]  # fmt: skip
+RINGS = [(1, "contiguous"), (3, "contiguous"), (3, "zigzag"), (8, "contiguous"), (8, "zigzag")]
 SECRET = "walnut-harbor-ember"
 PLANTED = [(module, depth) for module in (argparse, mailbox) for depth in (0.1, 0.5, 0.9)]
 
