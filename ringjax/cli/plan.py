@@ -11,7 +11,7 @@ from rich.table import Table
 from ..layouts import Layout
 from ..planning import Capacity, Plan, context, plan
 from ..planning.capacity import get_model
-from ..planning.hardware import Hardware, save_measured
+from ..planning.hardware import Hardware, Overhead, save_measured
 from ..planning.units import in_bytes
 from ..planning.workload import Dtype, Payload, StrategyName
 from ..ring import Ring
@@ -209,8 +209,8 @@ def _show_measured(console: Console, hardware: Hardware, path: pathlib.Path) -> 
         [f"matrix products, {dtype}", f"{rate / 1e9:,.1f} GFLOP/s"] for dtype, rate in hardware.flops.items()
     ]
     rows += [
-        ["attention, forward", f"{hardware.forward_fraction:.0%} of that"],
-        ["attention, backward", f"{hardware.backward_fraction:.0%} of that"],
+        *_kernel_rows("forward", hardware.forward_fraction, hardware.forward_overhead),
+        *_kernel_rows("backward", hardware.backward_fraction, hardware.backward_overhead),
         ["memory", f"{in_bytes(hardware.memory_bandwidth)}/s"],
         ["permute", f"{in_bytes(hardware.host_bandwidth)}/s"],
         ["permutes, both ways", f"{hardware.both_ways:.2f} × that"],
@@ -220,6 +220,14 @@ def _show_measured(console: Console, hardware: Hardware, path: pathlib.Path) -> 
     _tell(console, [f"{hardware.source}; per device:"])
     console.print(_table(rows), highlight=False)
     _tell(console, [f"Stored in {path}: plan with --hardware measured."])
+
+
+def _kernel_rows(pass_: str, fraction: float, overhead: Overhead) -> list[list[str]]:
+    return [
+        [f"attention, {pass_}", f"{fraction:.0%} of that"],
+        ["  and for a query of a head", f"{overhead.row * 1e6:.2f} µs"],
+        ["  and for a key a block of queries meets", f"{overhead.key * 1e6:.2f} µs"],
+    ]
 
 
 def _draw(chosen: Plan, path: pathlib.Path) -> None:

@@ -10,7 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from .. import layouts
 from ..kernels import BlockSizes
+from ..kernels.base import block_size
 from .hardware import Hardware
 from .wire import Pass, Transfer, moves_queries, transfers
 from .workload import F32, Choice, Shard, Workload, attended_pairs, ring_schedule, visits
@@ -266,6 +268,12 @@ class _Clock:
         self.shard = workload.shard(choice)
         fraction = hardware.forward_fraction if pass_ == "forward" else hardware.backward_fraction
         self.rate = fraction * hardware.peak(workload.dtype)
+        self.overhead = hardware.forward_overhead if pass_ == "forward" else hardware.backward_overhead
+        runs = layouts.chunks(choice.layout)
+        self.tile = (
+            block_size(self.shard.queries // runs, TILE[0]),
+            block_size(self.shard.keys // runs, TILE[1]),
+        )
         self.ring_size = choice.outer if choice.strategy == "usp" else choice.devices
         if choice.strategy == "usp":
             self.shard = self.shard.split_by_heads(choice.inner)
@@ -348,7 +356,7 @@ class _Clock:
     def _pairs(self) -> np.ndarray:
         """By rank and offset: those of whole tiles, for a kernel computes no less."""
         lengths = self.ring_size, self.shard.queries, self.shard.keys
-        return attended_pairs(self.workload.mask, self.choice.layout, *lengths, TILE)
+        return attended_pairs(self.workload.mask, self.choice.layout, *lengths, self.tile)
 
     def _most_pairs(self, offsets: tuple[int, ...]) -> float:
         """Attended pairs of a head at a step, on the rank that has most; the mean where work adds up."""
@@ -367,18 +375,21 @@ class _Clock:
     def _balanced(self) -> float:
         """The mean over devices of all pairs, as where each has some heads of everything."""
         lengths = 1, self.workload.tokens, self.workload.num_keys
-        pairs = attended_pairs(self.workload.mask, "contiguous", *lengths, TILE)
+        pairs = attended_pairs(self.workload.mask, "contiguous", *lengths, self.tile)
         return float(pairs.sum()) / self.choice.devices
 
     def _everything(self) -> Shard:
         return dataclasses.replace(self.shard, keys=self.shard.keys * self.choice.devices)
 
     def _compute(self, pairs: float, shard: Shard, shards: int = 1) -> _Time:
-        """Seconds of `pairs` per head, of which the device has `shard.heads`."""
+        """Seconds of meeting so many shards, with `pairs` per head of which the device has `shard.heads`."""
         heads = shard.heads / self.workload.heads
         operations = flop(self.workload, pairs, self.pass_) * heads / self.rate
+        rows = shards * shard.batch * shard.queries * shard.heads
+        keys = shard.batch * shard.kv_heads * pairs / self.tile[0]
+        operations += self.overhead.row * rows + self.overhead.key * keys
         if not pairs:
-            return _Time()
+            return _Time(compute=operations)
         touched = 1.0
         if window := self.workload.window:
             # Where it reaches a corner only, w rows have w²/2 pairs, and the others are not read.
@@ -398,7 +409,8 @@ class _Clock:
             return 0.0
         speedup = self.hardware.both_ways if ways == 2 else 1.0
         seconds = sum(count * self._wire(transfer) for transfer, count in sent)
-        return self.hardware.latency + seconds / speedup
+        started = sum(count for _, count in sent) if self.hardware.shared_processor else 1
+        return started * self.hardware.latency + seconds / speedup
 
     def _wire(self, transfer: Transfer) -> float:
         """Seconds of the bytes of one transfer; within a host and across hosts at the same time."""

@@ -12,9 +12,30 @@ import pathlib
 import tempfile
 from collections.abc import Mapping
 
-__all__ = ["HARDWARE", "MEASURED", "Hardware", "get_hardware", "load_measured", "save_measured"]
+__all__ = ["HARDWARE", "MEASURED", "Hardware", "Overhead", "get_hardware", "load_measured", "save_measured"]
 
 MEASURED = "measured"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """Seconds that a kernel takes beside its matrix products.
+
+    Attributes:
+        row: for each query and head of a meeting of two shards, attended or not: it is read, merged and
+            written.
+        key: for each key and key head that a block of queries meets.
+
+    Raises:
+        ValueError: a number is negative.
+    """
+
+    row: float = 0.0
+    key: float = 0.0
+
+    def __post_init__(self):
+        if not (self.row >= 0 and self.key >= 0):
+            raise ValueError(f"Overhead(row={self.row}, key={self.key}): give no less than 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +52,10 @@ class Hardware:
         network_bandwidth: what a device sends to those of other hosts, likewise.
         host_size: devices of a host or NVLink domain.
         latency: what a collective takes apart from its bytes, seconds.
-        forward_fraction: of the peak, attained by an attention kernel, forward.
+        forward_fraction: of the peak, attained by an attention kernel on long shards, forward.
         backward_fraction: likewise, backward.
+        forward_overhead: what the kernel takes beside its products, forward.
+        backward_overhead: likewise, backward.
         link_fraction: of either link, attained.
         memory_fraction: of the memory's bandwidth, attained.
         both_ways: bandwidth of sending to two neighbours at once over that of sending to one. 1 where all
@@ -55,6 +78,8 @@ class Hardware:
     latency: float
     forward_fraction: float
     backward_fraction: float
+    forward_overhead: Overhead = Overhead()
+    backward_overhead: Overhead = Overhead()
     link_fraction: float = 0.8
     memory_fraction: float = 0.8
     both_ways: float = 1.0
@@ -253,6 +278,9 @@ def load_measured() -> Hardware:
             f"first, or choose one of {', '.join(HARDWARE)}."
         )
     try:
-        return Hardware(**json.loads(path.read_text()))
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        facts = json.loads(path.read_text())
+        for name in ("forward_overhead", "backward_overhead"):
+            facts[name] = Overhead(**facts[name])
+        return Hardware(**facts)
+    except (KeyError, json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): run `ringjax plan --measure` again.") from error

@@ -2,19 +2,22 @@
 
 import functools as ft
 import os
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from scipy.optimize import nnls  # JAX brings SciPy
 
 from ..attention import ring_attention
+from ..kernels import BlockSizes
+from ..kernels.base import block_size
 from ..ring import Ring
-from .hardware import MEASURED, Hardware
+from .hardware import MEASURED, Hardware, Overhead
 from .workload import Dtype
 
 __all__ = ["STEPS", "measure"]
@@ -23,8 +26,9 @@ AXIS = "ring"
 ALONE = "alone"
 STEPS = ("matrix products", "attention", "memory", "permutes", "all-to-alls")
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
-REPEATS = 3
+REPEATS = 5
 HEADS, HEAD_DIM = 4, 64
+FEW = (32, 64, 128, 256)
 # Elements of float32 that a device sends at once, or reads and writes: what a shard may have.
 MESSAGE = 2**20
 
@@ -57,7 +61,7 @@ def measure(
     progress(STEPS[0])
     flops = {name: bench.matmul_rate(name) for name in DTYPES}
     progress(STEPS[1])
-    forward, backward = bench.attention_rates(dtype)
+    forward, backward = bench.attention(dtype, flops[dtype])
     progress(STEPS[2])
     memory_bandwidth = bench.memory_bandwidth()
     progress(STEPS[3])
@@ -73,8 +77,10 @@ def measure(
         network_bandwidth=bandwidth,
         host_size=len(devices),
         latency=latency,
-        forward_fraction=min(1.0, forward / flops[dtype]),
-        backward_fraction=min(1.0, backward / flops[dtype]),
+        forward_fraction=min(1.0, forward.rate / flops[dtype]),
+        backward_fraction=min(1.0, backward.rate / flops[dtype]),
+        forward_overhead=forward.overhead,
+        backward_overhead=backward.overhead,
         link_fraction=1.0,
         memory_fraction=1.0,
         both_ways=both_ways,
@@ -90,6 +96,13 @@ def _memory_bytes(mesh: Mesh) -> float:
     if limit := (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit"):
         return float(limit)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size
+
+
+class _Kernel(NamedTuple):
+    """Operations per second, and what is not operations."""
+
+    rate: float
+    overhead: Overhead
 
 
 class _Bench:
@@ -111,8 +124,8 @@ class _Bench:
         size, taken = self._grow(run, 128)
         return 2 * size**3 / taken
 
-    def attention_rates(self, dtype: Dtype) -> tuple[float, float]:
-        """Operations per second and device of full attention by ringjax's own kernel: forward, backward."""
+    def attention(self, dtype: Dtype, peak: float) -> tuple["_Kernel", "_Kernel"]:
+        """Full attention by ringjax's own kernel, forward and backward, over shards of several lengths."""
         ring = Ring(ALONE, batch_axes=(AXIS,))
 
         def attend(q, k, v):
@@ -123,15 +136,25 @@ class _Bench:
             out, gradients = jax.vjp(attend, q, k, v)
             return gradients(out)
 
-        def arrays(tokens: int) -> list[jax.Array]:
-            return 3 * [self._ones(tokens, HEADS, HEAD_DIM, dtype=dtype)]
+        def arrays(queries: int, keys: int) -> list[jax.Array]:
+            return [self._ones(length, HEADS, HEAD_DIM, dtype=dtype) for length in (queries, keys, keys)]
 
         forward = jax.jit(attend)
-        tokens, taken = self._grow(lambda tokens: _seconds(forward, *arrays(tokens)), 256)
-        flop = 4 * tokens**2 * HEADS * HEAD_DIM
-        # A noisy clock may find the whole faster than its part.
-        backward = max(_seconds(both, *arrays(tokens)) - taken, taken)
-        return flop / taken, 2.5 * flop / backward
+        longest, _ = self._grow(lambda tokens: _seconds(forward, *arrays(tokens, tokens)), 256)
+        # Few queries tell a key from a pair, few keys a row from a pair.
+        shapes = [(few, longest) for few in FEW] + [(longest, few) for few in FEW] + [(longest, longest)]
+        times = []
+        for shape in shapes:
+            given = arrays(*shape)
+            taken = _seconds(forward, *given, least=self.seconds)
+            # A noisy clock may find the whole faster than its part.
+            backward = max(_seconds(both, *given, least=self.seconds) - taken, taken)
+            times.append((taken, backward))
+        forward_times, backward_times = zip(*times, strict=True)
+        return (
+            _fitted(shapes, forward_times, 4 * HEAD_DIM, peak),
+            _fitted(shapes, backward_times, 10 * HEAD_DIM, peak),
+        )
 
     def memory_bandwidth(self) -> float:
         """Bytes per second and device, reading and writing."""
@@ -179,12 +202,29 @@ class _Bench:
         return taken / count
 
 
-def _seconds(function: Callable, *arrays: jax.Array) -> float:
-    """The median of a few runs, after one that compiles."""
-    jax.block_until_ready(function(*arrays))
+def _fitted(shapes: Sequence[tuple[int, int]], times: Sequence[float], flop: int, peak: float) -> _Kernel:
+    """What a row, a key and a pair take, so that the relative errors are least.
+
+    None takes less than nothing, and a pair no less than its `flop` operations at the rate of matrix
+    products.
+    """
+    counts = []
+    for queries, keys in shapes:
+        blocks = queries / block_size(queries, BlockSizes().q)
+        counts.append((HEADS * queries, HEADS * blocks * keys, HEADS * queries * keys))
+    weighted, least = np.array(counts) / np.array(times)[:, None], flop / peak
+    (row, key, more), _ = nnls(weighted, 1 - least * weighted[:, 2])
+    return _Kernel(rate=float(flop / (least + more)), overhead=Overhead(row=float(row), key=float(key)))
+
+
+def _seconds(function: Callable, *arrays: jax.Array, least: float = 0.0) -> float:
+    """The least of a few samples, for what disturbs only adds; each is of as many runs as take `least`."""
+    jax.block_until_ready(function(*arrays))  # compiles
     taken = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arrays))
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        start, runs, elapsed = time.perf_counter(), 0, 0.0
+        while not runs or elapsed < least:
+            jax.block_until_ready(function(*arrays))
+            runs, elapsed = runs + 1, time.perf_counter() - start
+        taken.append(elapsed / runs)
+    return min(taken)

@@ -101,6 +101,7 @@ def test_plot_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypa
     assert "a plot needs matplotlib: pip install 'ringjax[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_stored_and_planned_with(capsys, monkeypatch):
     monkeypatch.setattr(measure, "measure", ft.partial(measure.measure, seconds=1e-4))
     report = run(capsys, "--measure", "--devices", "2")

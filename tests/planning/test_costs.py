@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 import ringjax
 from ringjax import Causal, Full, SlidingWindow, layouts
 from ringjax.layouts import LAYOUTS
-from ringjax.planning import HARDWARE, Choice, Workload, plan, predict
+from ringjax.planning import HARDWARE, Choice, Overhead, Workload, plan, predict
 from ringjax.planning.costs import flop, memory
 from ringjax.planning.workload import attended_pairs
 
@@ -108,6 +108,42 @@ def test_time_of_a_ring_by_hand() -> None:
         assert math.isclose(found.link_seconds, 7 * sent / bandwidth, rel_tol=1e-6)
     assert found.bytes_per_hop == sent
     assert found.hops == 7
+
+
+@pytest.mark.parametrize(
+    ("choice", "meetings"),
+    [
+        (ring(), 8),
+        (ring(layout="contiguous"), 8),
+        (Choice(strategy="all_gather", devices=8, layout="zigzag", head_groups=4), 1),
+        (Choice(strategy="ulysses", devices=8, inner=8), 1),
+        (Choice(strategy="usp", devices=8, inner=4, layout="zigzag"), 2),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_overhead_of_rows_and_keys_by_hand(choice, meetings, training) -> None:
+    """Full attention: each meeting reads its rows, and each block of 256 queries meets every key once."""
+    call = Workload(tokens=2**14, heads=32, kv_heads=8, head_dim=128, causal=False)
+    queries, keys = 32 * 2**14 // 8, 8 * 2**14 * (2**14 // 256) // 8
+    none, row, key = Overhead(), Overhead(row=1e-6), Overhead(key=1e-6)
+    for forward, backward in ((none, none), (row, none), (none, row), (key, none), (none, key)):
+        hardware = dataclasses.replace(SIMPLE, forward_overhead=forward, backward_overhead=backward)
+        seconds = predict(call, choice, hardware, training=training).seconds
+        seconds -= predict(call, choice, SIMPLE, training=training).seconds
+        paid = [forward, backward] if training else [forward]
+        expected = sum(queries * meetings * each.row + keys * each.key for each in paid)
+        assert math.isclose(seconds, expected, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def test_on_one_processor_every_collective_takes_its_latency() -> None:
+    shared = dataclasses.replace(SIMPLE, shared_processor=True, latency=1.0)
+    queries = Choice(strategy="ring_q", devices=8, layout="zigzag")
+    for choice, count in ((ring(), 7), (ring(bidirectional=True), 7), (queries, 7 + 8 + 8)):
+        found = predict(LONG, choice, shared, training=False)
+        assert math.isclose(found.link_seconds, count, rel_tol=1e-6)
+    # Elsewhere what leaves together takes one: at seven steps queries, and results up to two steps later.
+    apart = predict(LONG, queries, dataclasses.replace(SIMPLE, latency=1.0), training=False)
+    assert math.isclose(apart.link_seconds, 9, rel_tol=1e-6)
 
 
 def test_both_ways_halve_the_steps_and_gain_where_links_are_two() -> None:
