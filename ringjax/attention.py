@@ -28,10 +28,10 @@ from .arguments import (
     tokens_of_both,
 )
 from .biases import BiasFn
-from .kernels import BlockSizes, Operands
+from .kernels import Operands, choose_kernel, default_block_sizes, prepare_kernel
 from .payloads import Latent, make_payload
 from .planning.auto import with_strategy
-from .ring import Ring, reshard, resolve_mesh
+from .ring import Ring, device_of, reshard, resolve_mesh
 from .schedule import Schedule, make_schedule
 from .strategies import Problem, attend, get_strategy
 
@@ -272,7 +272,10 @@ def _over_mesh(
         positions,
         seq_lengths,
     )
-    problem = _problem(rule, operands, tokens, positions is None, padded, lengths, ring, sizes, payload)
+    value_size = v.shape[3] if constants is None else constants[1].shape[2]
+    problem = _problem(
+        rule, operands, tokens, positions is None, padded, lengths, ring, sizes, payload, mesh, q, value_size
+    )
     tensors = _Tensors(q, k, v, constants, tokens[0], tokens[1], operands)
     missing = (padded[0] - lengths[0], padded[1] - lengths[1])
     tensors = _padded(tensors, missing, _specs(tensors, ring), mesh)
@@ -489,14 +492,25 @@ def ring_attention_local(
     ring = dataclasses.replace(strategy, batch_axes=ring.batch_axes, head_axes=ring.head_axes)
     check_heads(query.shape[2], key.shape[2], ring, sizes)
     payload = make_payload(ring.payload, query.shape[3])
-    problem = _problem(rule, operands, tokens, positions is None, lengths, lengths, ring, sizes, payload)
+    problem = _problem(
+        rule, operands, tokens, positions is None, lengths, lengths, ring, sizes, payload, mesh, query,
+        value.shape[3],
+    )  # fmt: skip
     tensors = _Tensors(query, key, value, None, tokens[0], tokens[1], operands)
     out, lse = _attend_local(tensors, problem=problem, ring=ring)
     return (out, lse) if return_residual else out
 
 
-def _problem(rule, operands, tokens, own_positions, padded, lengths, ring, axis_sizes, payload) -> Problem:
+def _problem(
+    rule, operands, tokens, own_positions, padded, lengths, ring, axis_sizes, payload, mesh, q, value_size
+) -> Problem:
     """Every default resolved."""
+    device = device_of(mesh)
+    kernel = ring.kernel
+    if kernel == "auto":
+        kernel = choose_kernel(rule, operands, q.dtype, device)
+    prepare_kernel(kernel)
+    head_sizes = (q.shape[3], value_size)
     return Problem(
         axis_names=ring.axis_names,
         axis_sizes=axis_sizes,
@@ -513,8 +527,9 @@ def _problem(rule, operands, tokens, own_positions, padded, lengths, ring, axis_
         ),
         payload=payload,
         head_groups=ring.head_groups,
-        kernel="blockwise" if ring.kernel == "auto" else ring.kernel,
-        block_sizes=ring.block_sizes or BlockSizes(),
+        kernel=kernel,
+        block_sizes=ring.block_sizes or default_block_sizes(kernel, device, q.dtype, head_sizes),
+        device=device,
         batch_axes=ring.batch_axes,
         head_axes=ring.head_axes,
     )

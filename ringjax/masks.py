@@ -28,6 +28,7 @@ __all__ = [
     "SlidingWindow",
     "Tokens",
     "attends",
+    "attends_pairwise",
     "verdicts",
 ]
 
@@ -428,10 +429,15 @@ class Tokens(NamedTuple):
 
 def attends(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "B T S"]:
     """The rule in full, token by token: positions, padding and segments."""
-    q_position, kv_position = q.positions[..., :, None], kv.positions[..., None, :]
-    result = mask.allowed(q_position, kv_position) & (q_position >= 0) & (kv_position >= 0)
+    q = jax.tree.map(lambda x: x[..., :, None], q)
+    return attends_pairwise(mask, q, jax.tree.map(lambda x: x[..., None, :], kv))
+
+
+def attends_pairwise(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "..."]:
+    """The same of tokens whose arrays broadcast against each other, on whichever axes these stand."""
+    result = mask.allowed(q.positions, kv.positions) & (q.positions >= 0) & (kv.positions >= 0)
     if q.segments is not None and kv.segments is not None:
-        result &= q.segments[..., :, None] == kv.segments[..., None, :]
+        result &= q.segments == kv.segments
     return result
 
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from . import layouts
-from .kernels.base import BlockSizes, KernelName
+from .kernels.base import BlockSizes, Device, KernelName
 from .layouts import Layout
 from .payloads import PayloadName
 from .strategies.base import Strategy
@@ -50,8 +50,11 @@ class Ring:
             gradients are as if nothing had been rounded, and travel in float32.
         head_groups: `"all_gather"` gathers keys and values in so many pieces, one after the other, and so
             needs as many times less memory for them.
-        kernel: how one shard meets one shard; `"blockwise"` is plain XLA. `"auto"` chooses.
-        block_sizes: tiles inside the kernel; None takes the table's entry for the platform.
+        kernel: how one shard meets one shard. `"blockwise"` is plain XLA, for any device and feature;
+            `"pallas"` is a fused kernel for NVIDIA GPUs, which a CPU interprets, slowly. `"auto"` takes that
+            on GPUs where it supports the call.
+        block_sizes: tiles inside the kernel; None takes the table's entry for the device. `"pallas"` rounds
+            them down to powers of two.
         batch_axes: mesh axes that the batch is split over.
         head_axes: mesh axes that the heads are split over (keys' and queries' alike).
 
@@ -253,6 +256,14 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
         )
     # Inside jit only the abstract mesh of the context may be named again.
     return ambient if mesh is None else mesh
+
+
+def device_of(mesh: Mesh | AbstractMesh) -> Device:
+    """What a mesh is made of, which need not be what JAX runs on: a mesh may be one to compile for."""
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    return Device(platform=device.platform, kind=device.device_kind)
 
 
 def shard_sequence(

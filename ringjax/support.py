@@ -86,6 +86,13 @@ FEATURES: dict[str, Feature] = {
 }
 
 
+# Whichever the strategy, a kernel is asked the same: those beside `blockwise` stand under one.
+COLUMNS: tuple[tuple[Strategy, KernelName], ...] = (
+    *((strategy, "blockwise") for strategy in get_args(Strategy)),
+    *(("ring", kernel) for kernel in get_args(KernelName) if kernel != "blockwise"),
+)
+
+
 def reason_against(feature: Feature, strategy: Strategy, kernel: KernelName) -> str | None:
     """None where the combination is supported, or why it is not."""
     zeros: Any = np.zeros((1, 8), np.int32)
@@ -110,7 +117,6 @@ OPERAND_SHAPES = {
 
 def table() -> str:
     """Features by strategies and kernels, in Markdown; the reasons against are footnotes."""
-    columns = [(s, k) for s in get_args(Strategy) for k in get_args(KernelName)]
     notes: list[str] = []
 
     def cell(feature: Feature, strategy: Strategy, kernel: KernelName) -> str:
@@ -121,10 +127,10 @@ def table() -> str:
         return f"no [{notes.index(reason) + 1}]"
 
     lines = [
-        f"| | {' | '.join(f'`{s}`, `{k}`' for s, k in columns)} |",
-        f"| --- |{' --- |' * len(columns)}",
+        f"| | {' | '.join(f'`{s}`, `{k}`' for s, k in COLUMNS)} |",
+        f"| --- |{' --- |' * len(COLUMNS)}",
         *(
-            f"| {feature.text} | {' | '.join(cell(feature, *column) for column in columns)} |"
+            f"| {feature.text} | {' | '.join(cell(feature, *column) for column in COLUMNS)} |"
             for feature in FEATURES.values()
         ),
     ]

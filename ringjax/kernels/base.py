@@ -27,6 +27,7 @@ from ..masks import EMPTY, FULL, PARTIAL, Mask, Tokens, attends, verdicts
 
 __all__ = [
     "BlockSizes",
+    "Device",
     "Gradients",
     "KernelName",
     "Operands",
@@ -34,10 +35,13 @@ __all__ = [
     "Tile",
     "Visits",
     "accumulator_dtype",
+    "in_order",
+    "vary_alike",
+    "verdict_table",
     "visits",
 ]
 
-KernelName = Literal["blockwise"]
+KernelName = Literal["blockwise", "pallas"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,14 @@ class BlockSizes:
     def __post_init__(self):
         if self.q < 1 or self.kv < 1:
             raise ValueError(f"BlockSizes(q={self.q}, kv={self.kv}): both must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a kernel runs on, in JAX's words: `platform` ("cpu", "gpu" ...) and `kind` ("NVIDIA H100 ...")."""
+
+    platform: str = "cpu"
+    kind: str = "cpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +128,7 @@ class Tile:
         head_start: which head of the whole model is this rank's first.
         rule: how logits become weights.
         block_sizes: tile of the kernel.
+        device: what the kernel runs on.
         q_runs: into how many runs of consecutive tokens the queries fall; no block crosses from one to the
             next.
         kv_runs: likewise the keys.
@@ -131,6 +144,7 @@ class Tile:
     head_start: jax.Array | int = 0
     rule: Rule = dataclasses.field(metadata={"static": True})
     block_sizes: BlockSizes = dataclasses.field(metadata={"static": True})
+    device: Device = dataclasses.field(default=Device(), metadata={"static": True})
     q_runs: int = dataclasses.field(default=1, metadata={"static": True})
     kv_runs: int = dataclasses.field(default=1, metadata={"static": True})
     refine: bool = dataclasses.field(default=True, metadata={"static": True})
@@ -197,10 +211,17 @@ class Blocks(NamedTuple):
 
 def visits(tile: Tile, q: Blocks, kv: Blocks) -> Visits:
     """What the verdicts on all block pairs mean for the order of work."""
-    q_tokens, kv_tokens = q.of(tile.q), kv.of(tile.kv)
-    verdict = verdicts(tile.rule.mask, q_tokens, kv_tokens)
-    if tile.refine:
-        verdict = _refined(verdict, tile, q, kv)
+    return in_order(verdict_table(tile, q, kv))
+
+
+def verdict_table(tile: Tile, q: Blocks, kv: Blocks) -> Int[Array, "B nq nk"]:
+    """EMPTY, PARTIAL or FULL for each pair of blocks, exactly."""
+    verdict = verdicts(tile.rule.mask, q.of(tile.q), kv.of(tile.kv))
+    return _refined(verdict, tile, q, kv) if tile.refine else verdict
+
+
+def in_order(verdict: Int[Array, "B nq nk"]) -> Visits:
+    """For each row of a verdict table, the order in which its columns are visited."""
     return Visits(
         blocks=jnp.argsort(verdict, axis=-1, stable=True).astype(jnp.int32),
         partial=(verdict == PARTIAL).sum(axis=-1, dtype=jnp.int32),
@@ -279,6 +300,27 @@ def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
     """float32 for everything up to float32, float64 for float64."""
     # Not promote_types, which refuses bfloat16 where the user has made promotion strict.
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def vary_alike(*trees):
+    """The arrays given, all varying over the union of the mesh axes that any of them varies over.
+
+    `shard_map` keeps track of which values differ between devices. A loop's carry must have one such type
+    from the start, and casting the arguments here, outside the custom gradient, leaves the sum over a
+    replicated argument's cotangents to JAX.
+    """
+
+    def axes_of(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*map(axes_of, jax.tree.leaves(trees)))
+
+    def vary(x):
+        missing = tuple(sorted(axes - axes_of(x), key=str))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    trees = jax.tree.map(vary, trees)
+    return trees if len(trees) > 1 else trees[0]
 
 
 assert PARTIAL < FULL < EMPTY  # the order of work that `visits` sorts by

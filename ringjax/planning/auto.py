@@ -5,13 +5,12 @@ import functools as ft
 import math
 from typing import Any, cast, get_args
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from ..layouts import Layout
 from ..masks import Both, Causal, Mask, SlidingWindow
-from ..ring import Ring
+from ..ring import Ring, device_of
 from .plan import plan
 from .workload import Dtype, Workload
 
@@ -31,8 +30,8 @@ KINDS = {
 
 def hardware_of(mesh: Mesh | AbstractMesh) -> str | None:
     """The name in `HARDWARE` of a mesh's devices; None where they are not known."""
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
-    return next((name for kind, name in KINDS.items() if kind in device.device_kind), None)
+    kind = device_of(mesh).kind
+    return next((name for part, name in KINDS.items() if part in kind), None)
 
 
 def planned(

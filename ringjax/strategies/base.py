@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from .. import layouts, partials
 from ..kernels import BlockSizes, Gradients, KernelName, Operands, Rule, Tile, get_kernel
-from ..kernels.base import accumulator_dtype
+from ..kernels.base import Device, accumulator_dtype, vary_alike
 from ..layouts import Layout
 from ..masks import Tokens
 from ..partials import Partial
@@ -57,6 +57,7 @@ class Problem:
         head_groups: in how many pieces keys and values are gathered.
         kernel: name of the kernel.
         block_sizes: its tile.
+        device: what it runs on.
         batch_axes: mesh axes that the batch is split over.
         head_axes: mesh axes that the heads are split over.
     """
@@ -74,6 +75,7 @@ class Problem:
     head_groups: int = 1
     kernel: KernelName
     block_sizes: BlockSizes
+    device: Device
     batch_axes: tuple[str, ...]
     head_axes: tuple[str, ...]
 
@@ -182,7 +184,7 @@ def attend(
     some = tile(inputs, problem, inputs.q_tokens, inputs.kv_tokens, problem.rank, problem.rank)
     if reason := way.supports(some, problem.payload):
         raise NotImplementedError(f"Ring(strategy={name!r}): {reason}")
-    if reason := problem.kernel_module.supports(some, inputs.q.dtype, jax.default_backend()):
+    if reason := problem.kernel_module.supports(some, inputs.q.dtype, problem.device.platform):
         raise NotImplementedError(f"Ring(kernel={problem.kernel!r}): {reason}")
     return _attend(inputs, way, problem)
 
@@ -331,6 +333,7 @@ def tile(
         head_start=_axis_start(problem.head_axes, inputs.q.shape[2]),
         rule=problem.rule,
         block_sizes=problem.block_sizes,
+        device=problem.device,
         q_runs=layouts.chunks(problem.layout) * problem.group,
         kv_runs=layouts.chunks(problem.layout) * problem.group,
         refine=problem.refine,
@@ -339,24 +342,3 @@ def tile(
 
 def _axis_start(axes: tuple[str, ...], size: int) -> jax.Array | int:
     return lax.axis_index(axes) * size if axes else 0
-
-
-def vary_alike(*trees):
-    """The arrays given, all varying over the union of the mesh axes that any of them varies over.
-
-    `shard_map` keeps track of which values differ between devices. A loop's carry must have one such type
-    from the start, and casting the arguments here, outside the custom gradient, leaves the sum over a
-    replicated argument's cotangents to JAX.
-    """
-
-    def axes_of(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    axes = frozenset().union(*map(axes_of, jax.tree.leaves(trees)))
-
-    def vary(x):
-        missing = tuple(sorted(axes - axes_of(x), key=str))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    trees = jax.tree.map(vary, trees)
-    return trees if len(trees) > 1 else trees[0]

@@ -296,7 +296,7 @@ def test_operands_are_read_and_gradients_added_at_their_place(rng) -> None:
 
 
 def test_kernel_by_name() -> None:
-    assert get_kernel("auto") is get_kernel("blockwise") is blockwise
+    assert get_kernel("blockwise") is blockwise
     tile = tile_of([0], [0])
     assert blockwise.supports(tile, jnp.float32, "cpu") is None
     for name in ("forward", "backward", "supports"):

@@ -1,0 +1,202 @@
+"""What a flash kernel on a GPU is told: how shards are cut, which block pairs it visits, how it is launched.
+
+Nothing here depends on the language that such a kernel is written in.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from ..masks import Tokens
+from .base import Blocks, BlockSizes, Device, Tile, Visits, in_order, verdict_table
+
+__all__ = ["Cut", "Launch", "PassName", "Tables", "launch_of", "padded_head"]
+
+# The least that a tensor core multiplies, on each side.
+SMALLEST = 16
+
+
+def power_of_two(size: int) -> int:
+    """The largest power of two that is at most `size`."""
+    return 1 << (size.bit_length() - 1)
+
+
+def padded_head(size: int) -> int:
+    """The head size that a kernel computes with: tiles are powers of two."""
+    return max(SMALLEST, 1 << (size - 1).bit_length())
+
+
+class Cut(NamedTuple):
+    """How a shard is cut into blocks whose size is a power of two.
+
+    Like `base.Blocks`, whose last block of a run ends with it and may overlap, so that nothing outside
+    a shard is ever read. Only a shard of fewer than 16 tokens is shorter than its block.
+
+    Attributes:
+        size: tokens in a block.
+        length: tokens in the shard.
+        run: tokens in a run, which no block leaves.
+    """
+
+    size: int
+    length: int
+    run: int
+
+    @classmethod
+    def of(cls, length: int, wanted: int, runs: int = 1) -> "Cut":
+        """Cuts each of `runs` equal runs into blocks of at most `wanted` tokens, but at least 16."""
+        run = length // runs if length % runs == 0 and length // runs >= SMALLEST else length
+        return cls(max(SMALLEST, power_of_two(min(wanted, run))), length, run)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the only block reaches beyond the shard."""
+        return self.length < self.size
+
+    @property
+    def per_run(self) -> int:
+        """How many blocks there are in a run."""
+        return -(-self.run // self.size)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks there are."""
+        return self.length // self.run * self.per_run
+
+    @property
+    def blocks(self) -> Blocks:
+        """As tables on the host."""
+        block = np.arange(self.num_blocks, dtype=np.int32)
+        owned = block // self.per_run * self.run + block % self.per_run * self.size
+        return Blocks(self.size, np.minimum(owned, self._last(block // self.per_run)), owned)
+
+    def places(self, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where a block begins, and where what belongs to it does, the rest being the one's before."""
+        if self.run % self.size == 0 or self.is_short:
+            start = block * jnp.int32(self.size)
+            return start, start
+        run = lax.div(block, jnp.int32(self.per_run))
+        within = block - run * jnp.int32(self.per_run)
+        owned = run * jnp.int32(self.run) + within * jnp.int32(self.size)
+        return jnp.minimum(owned, self._last(run)), owned
+
+    def _last(self, run):
+        """Where the last block of a run begins."""
+        return run * np.int32(self.run) + np.int32(max(self.run - self.size, 0))
+
+
+class Tables(NamedTuple):
+    """What is known of all block pairs.
+
+    Attributes:
+        q: queries in blocks, `B nq block`; those that an earlier block holds, and those past the end, are
+            marked as padding.
+        kv: keys likewise.
+        rows: for each block of queries, which blocks of keys to visit.
+        columns: for each block of keys, which blocks of queries.
+    """
+
+    q: Tokens
+    kv: Tokens
+    rows: Visits
+    columns: Visits
+
+    @classmethod
+    def of(cls, tile: Tile, q: Cut, kv: Cut) -> "Tables":
+        """From the one table of verdicts that all kernels share."""
+        tile = dataclasses.replace(
+            tile, q=_padded(tile.q, q), kv=_padded(tile.kv, kv), operands=_padded_mask(tile, q, kv)
+        )
+        verdict = verdict_table(tile, q.blocks, kv.blocks)
+        return cls(
+            q.blocks.of(tile.q),
+            kv.blocks.of(tile.kv),
+            in_order(verdict),
+            in_order(jnp.swapaxes(verdict, 1, 2)),
+        )
+
+
+def _padded(tokens: Tokens, cut: Cut) -> Tokens:
+    """Tokens of a shard that is shorter than its block, with padding."""
+    missing = max(cut.size - cut.length, 0)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, missing)), constant_values=-1), tokens)
+
+
+def _padded_mask(tile: Tile, q: Cut, kv: Cut):
+    """The operands, their mask long enough for a block of a shard that is shorter than it."""
+    mask = tile.operands.mask
+    if mask is None:
+        return tile.operands
+    missing = [max(cut.size - cut.length, 0) for cut in (q, kv)]
+    widths = [(0, more if size > 1 else 0) for more, size in zip(missing, mask.shape[2:], strict=True)]
+    return tile.operands._replace(mask=jnp.pad(mask, ((0, 0), (0, 0), *widths)))
+
+
+# ---------------------------------------------------------------- launches
+
+
+PassName = Literal["forward", "dq", "dkv"]
+
+
+class Pass(NamedTuple):
+    """How one pass is launched: warps of a program, and how many loads are under way at once."""
+
+    warps: int
+    stages: int = 2
+
+
+class Launch(NamedTuple):
+    """How the three passes of a flash kernel are launched, and their tile: of one head, queries by keys."""
+
+    block_sizes: BlockSizes
+    forward: Pass
+    dq: Pass
+    dkv: Pass
+
+
+def launch_of(device: Device, dtype: DTypeLike, head_sizes: tuple[int, int]) -> Launch:
+    """What was seen to compile without spills, by chip, dtype and the larger of H and Hv."""
+    chips: list[Chip] = [*(chip for part, chip in CHIPS.items() if part in device.kind), "hopper"]
+    rows = FLOAT32 if jnp.dtype(dtype).itemsize > 2 else HALF[chips[0]]
+    size = padded_head(max(head_sizes))
+    return next((row for most, row in rows.items() if size <= most), rows[max(rows)])
+
+
+Chip = Literal["ampere", "hopper", "blackwell"]
+
+# By parts of the name that JAX gives a device.
+CHIPS: dict[str, Chip] = {
+    "A100": "ampere", "A10": "ampere", "A6000": "ampere", "L4": "ampere", "RTX": "ampere",
+    "H100": "hopper", "H200": "hopper", "GH200": "hopper",
+    "B200": "blackwell", "B300": "blackwell",
+}  # fmt: skip
+
+# By up to which head size.
+HALF: dict[Chip, dict[int, Launch]] = {
+    "ampere": {
+        64: Launch(BlockSizes(q=64, kv=32), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
+        128: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
+        256: Launch(BlockSizes(q=64, kv=32), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
+    },
+    "hopper": {
+        128: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
+        256: Launch(BlockSizes(q=64, kv=32), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
+    },
+    "blackwell": {
+        64: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(4), dkv=Pass(4)),
+        128: Launch(BlockSizes(q=64, kv=64), forward=Pass(8), dq=Pass(4), dkv=Pass(4)),
+        256: Launch(BlockSizes(q=64, kv=64), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
+    },
+}
+
+# No chip has tensor cores for it, and operands are held in registers.
+FLOAT32: dict[int, Launch] = {
+    64: Launch(BlockSizes(q=32, kv=32), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
+    128: Launch(BlockSizes(q=16, kv=16), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
+    256: Launch(BlockSizes(q=16, kv=16), forward=Pass(8), dq=Pass(8), dkv=Pass(4, stages=1)),
+}
