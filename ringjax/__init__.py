@@ -1,6 +1,7 @@
 """Exact attention over sequences that no single device can hold, round a ring of devices.
 
-`ringjax.nn`, `ringjax.models` and `ringjax.inference` are imported when first asked for, and Flax with them.
+`ringjax.nn`, `ringjax.models`, `ringjax.inference` and `ringjax.training` are imported when first asked for,
+and Flax with them; `ringjax.aot` likewise, and the compiler for GPUs when it is used.
 """
 
 import importlib
@@ -29,12 +30,14 @@ from .ring import (
     unshard_sequence as unshard_sequence,
 )
 
-_ROOMS = ("inference", "models", "nn", "planning")
+_ROOMS = ("inference", "models", "nn", "planning", "training")
 
 
 def __getattr__(name: str) -> ModuleType:
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "aot":
+        return importlib.import_module(f"{__name__}.planning.aot")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

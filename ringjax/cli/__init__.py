@@ -14,18 +14,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError:
         sys.exit("ringjax: the command needs more packages: pip install 'ringjax[llm]'")
+    from .aot import Aot
     from .ask import Ask
     from .bench import Bench
     from .plan import PlanCommand
+    from .train import Train
 
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"ask": Ask, "bench": Bench, "plan": PlanCommand},
-        prog="ringjax",
-        description="Exact attention over sequences that no single device can hold.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if list(arguments[:1]) == ["train"]:
+            # Its options are a file's, so that has to be read first.
+            command = Train.parse(arguments[1:])
+        else:
+            command = tyro.extras.subcommand_cli_from_dict(
+                {"aot": Aot, "ask": Ask, "bench": Bench, "plan": PlanCommand, "train": Train},
+                prog="ringjax",
+                description="Exact attention over sequences that no single device can hold.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+            )
         command.run()
     except CommandError as error:
         print(f"ringjax: error: {' '.join(str(error).split())}", file=sys.stderr)

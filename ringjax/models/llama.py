@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -20,6 +21,7 @@ from ..nn.nnx import Attend, RingAttention
 from ..ring import Ring, reshard, resolve_mesh
 from .checkpoints import Checkpoint
 from .config import DecoderConfig
+from .execution import Execution, in_chunks
 from .rope import make_rotary
 
 __all__ = ["MLP", "Decoder", "DecoderLayer", "load_parameters"]
@@ -84,6 +86,21 @@ class DecoderLayer(nnx.Module):
             self.attention_norm(x), positions=positions, segment_ids=segment_ids, attend=attend
         )
         return x + self.mlp(self.mlp_norm(x))
+
+    def execute(
+        self, x: Float[Array, "B T_local D"], positions: Int[Array, "#B T_local"], execution: Execution
+    ) -> Float[Array, "B T_local D"]:
+        """The same inside the caller's `shard_map`."""
+
+        def before(x, positions):
+            return self.attention.project(self.attention_norm(x), positions)
+
+        def after(x, out):
+            x = x + execution.reduce(self.attention.o_proj(out))
+            return x + execution.reduce(self.mlp(self.mlp_norm(x)))
+
+        out = execution.attend(*in_chunks(before, execution.chunk, x, positions))
+        return in_chunks(after, execution.chunk, x, out.reshape(*x.shape[:2], -1))
 
 
 class Decoder(nnx.Module):
@@ -167,8 +184,19 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "#B T"] | None = None,
+        execution: Execution | None = None,
     ) -> Float[Array, "B T D"]:
-        """The normalised stream that the head reads."""
+        """The normalised stream that the head reads.
+
+        Args:
+            tokens: ids in layout order.
+            positions: of the tokens, -1 in the padding; None means the layout's own.
+            segment_ids: documents packed into the sequence.
+            execution: how to run inside the caller's `shard_map`, where each array is this device's part;
+                it attends for itself, so positions are needed and segments are not.
+        """
+        if execution is not None:
+            return self._execute(tokens, positions, execution)
         mesh, spec = resolve_mesh(self.mesh), P(*self.ring.spec[:2], None)
         tokens = reshard(tokens, mesh, P(*spec[:2]))
         # Under Explicit axes a lookup cannot tell by itself how its result is split.
@@ -183,13 +211,22 @@ class Decoder(nnx.Module):
         x, _ = lax.scan(step, x, layers)
         return self.norm(x)
 
+    def _execute(self, tokens, positions, execution: Execution):
+        # Looked up before the cast, so that the gradients of a frequent token are summed in float32.
+        x = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.embed.dtype)
+        graph, layers = nnx.split(self.layers)
+
+        def step(x, layer):
+            x = checkpoint_name(x, "layer_input")
+            return nnx.merge(graph, execution.gather(layer)).execute(x, positions, execution), None
+
+        x, _ = lax.scan(execution.checkpoint(step), execution.share(x), layers)
+        return self.norm(x)
+
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits; give only the positions that are needed."""
-        if self.head is None:
-            weights = self.embed.embedding[...]
-            return jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
-        weights = self.head.kernel[...]
-        return jnp.einsum("...d,dv->...v", hidden, weights, preferred_element_type=jnp.float32)
+        weights = self.embed.embedding[...] if self.head is None else self.head.kernel[...]
+        return _logits(hidden, weights.astype(hidden.dtype), self.head is None)
 
     def __call__(
         self,
@@ -206,6 +243,26 @@ class Decoder(nnx.Module):
             segment_ids: documents packed into the sequence.
         """
         return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _logits(hidden, weights, transposed: bool):
+    pattern = "...d,vd->...v" if transposed else "...d,dv->...v"
+    return jnp.einsum(pattern, hidden, weights, preferred_element_type=jnp.float32)
+
+
+def _logits_fwd(hidden, weights, transposed: bool):
+    return _logits(hidden, weights, transposed), (hidden, weights)
+
+
+def _logits_bwd(transposed: bool, residuals, dlogits):
+    # By itself JAX would multiply float32 cotangents: slow, where weights are half as wide.
+    pattern = "...d,vd->...v" if transposed else "...d,dv->...v"
+    _, back = jax.vjp(ft.partial(jnp.einsum, pattern), *residuals)
+    return back(dlogits.astype(residuals[0].dtype))
+
+
+_logits.defvjp(_logits_fwd, _logits_bwd)
 
 
 LAYER_TENSORS = {

@@ -9,6 +9,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
 from .attention import BenchAttention
 from .generation import BenchGeneration
 from .plan import BenchPlan
+from .training import BenchTraining
 
 __all__ = ["Bench"]
 
@@ -16,6 +17,7 @@ Benchmark = (
     Annotated[BenchAttention, tyro.conf.subcommand("attention")]
     | Annotated[BenchGeneration, tyro.conf.subcommand("generation")]
     | Annotated[BenchPlan, tyro.conf.subcommand("plan")]
+    | Annotated[BenchTraining, tyro.conf.subcommand("training")]
 )
 
 

@@ -15,6 +15,7 @@ from ..errors import CommandError
 
 __all__ = ["PEERS_HINT", "Worker", "at_least", "progress_bar", "take_turns"]
 
+Benchmark = Literal["attention", "generation", "training"]
 PEERS_HINT = "pip install 'ringjax[peers]'"
 
 
@@ -24,7 +25,7 @@ class Worker:
     Only one process works at once: two libraries in one process, or two at the same time, slow each other.
     """
 
-    def __init__(self, benchmark: Literal["attention", "generation"], name: str, settings: dict[str, Any]):
+    def __init__(self, benchmark: Benchmark, name: str, settings: dict[str, Any]):
         self.name = name
         # What libraries have to say is shown only if the process fails.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - __exit__ closes it

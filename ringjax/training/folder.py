@@ -1,0 +1,101 @@
+"""The folder of a run, which no other run writes into."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from .config import TrainingConfig, read_config
+from .toml import to_toml
+
+__all__ = ["RunFolder"]
+
+MOST_DIFFERENCES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of what a run keeps.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: pathlib.Path
+
+    @property
+    def config(self) -> pathlib.Path:
+        """The config, whole, in TOML."""
+        return self.path / "config.toml"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """A folder with a folder for each."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        """A JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> pathlib.Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> pathlib.Path:
+        """What a run ends with, in JSON."""
+        return self.path / "report.json"
+
+    @property
+    def loss_picture(self) -> pathlib.Path:
+        """The losses by step."""
+        return self.path / "loss.png"
+
+    @property
+    def position_picture(self) -> pathlib.Path:
+        """The held-out loss by position in the context."""
+        return self.path / "loss_by_position.png"
+
+    def check(self, config: TrainingConfig) -> None:
+        """Whether the folder is free for a run of this config, or has one that can go on; changes nothing.
+
+        Raises:
+            ValueError: it has another run, or is the folder of something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run.directory {str(self.path)!r} is a file. Name another.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.is_file():
+            raise ValueError(
+                f"run.directory {str(self.path)!r} holds something that is no run: it has no config.toml. "
+                f"Name another with --run.directory."
+            )
+        if differences := config.differences(read_config(self.config)):
+            more = len(differences) - MOST_DIFFERENCES
+            shown = "; ".join(differences[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            raise ValueError(
+                f"run.directory {str(self.path)!r} holds another run: {shown}. Name another with "
+                f"--run.directory; nothing was changed."
+            )
+
+    def make(self, config: TrainingConfig) -> None:
+        """Makes it, with the config."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write(self.config, to_toml(config))
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """The report in JSON."""
+        self.write(self.report, json.dumps(report, indent=1) + "\n")
+
+    def write(self, path: pathlib.Path, text: str) -> None:
+        """Writes a file whole or not at all; the first process does, for all."""
+        if jax.process_index() == 0:
+            draft = path.with_name(f".{path.name}.{os.getpid()}")
+            draft.write_text(text)
+            os.replace(draft, path)

@@ -1,0 +1,104 @@
+"""Metrics of a run, as JSON lines and for TensorBoard."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+
+__all__ = ["MetricsLog", "read_metrics"]
+
+
+class MetricsLog:
+    """Appends to the metrics of a run; of many processes the first one writes.
+
+    What was logged for later steps than the run goes on from is dropped: it will be logged again.
+
+    Args:
+        path: of the JSON lines.
+        tensorboard: a folder for event files; None writes none.
+        step: how many steps the run has done.
+
+    Attributes:
+        measured: the steps after which the held-out loss was known when the log was opened.
+
+    Raises:
+        ImportError: TensorBoard's files are wanted, and tensorboardX is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "metrics.jsonl"
+        ...     with MetricsLog(path, tensorboard=None, step=0) as log:
+        ...         log.write(1, {"loss": 2.5})
+        ...     read_metrics(path)
+        [{'step': 1, 'loss': 2.5}]
+    """
+
+    def __init__(self, path: pathlib.Path, *, tensorboard: pathlib.Path | None, step: int):
+        self._file = self._events = None
+        self.measured = {line["step"] for line in read_metrics(path) if "held_out_loss" in line}
+        if jax.process_index() != 0:
+            return
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text("".join(map(_line, kept)))
+        os.replace(draft, path)
+        self._file = path.open("a")
+        if tensorboard is not None:
+            self._events = _event_writer(tensorboard, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for writer in (self._file, self._events):
+            if writer is not None:
+                writer.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line: `step` is how many steps were done."""
+        if self._file is not None:
+            self._file.write(_line({"step": step, **values}))
+            self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a file, none if there is no file; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [{key: _number(value) for key, value in json.loads(line).items()} for line in lines]
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    # JSON has no word for what is not finite; as a text it stays readable to all.
+    return (
+        json.dumps(
+            {
+                key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in values.items()
+            }
+        )
+        + "\n"
+    )
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
+
+
+def _event_writer(folder: pathlib.Path, step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "run.tensorboard needs tensorboardX: pip install 'ringjax[train]', or set run.tensorboard false."
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step + 1)

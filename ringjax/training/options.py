@@ -1,0 +1,47 @@
+"""`StepOptions`: how a training step computes."""
+
+import dataclasses
+from typing import get_args
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from .remat import Remat
+
+__all__ = ["StepOptions"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How a step computes; none of it changes the result but `dtype` and `clip_norm`.
+
+    Attributes:
+        remat: what is kept for the backward pass; see `ringjax.training.remat.with_remat`.
+        loss_chunk: tokens of one device whose logits are in memory at once.
+        mlp_chunk: tokens of one device that go through projections and MLP at once; None means all.
+        accumulate: in how many micro-batches, one after the other, the rows of a device are taken.
+        dtype: of activations, and of parameters where they are used and on the wire. The parameters
+            themselves, their gradients and the optimizer's moments are float32.
+        clip_norm: gradients of a larger global norm are scaled down to it; None does not.
+    """
+
+    remat: Remat = "inputs"
+    loss_chunk: int = 2048
+    mlp_chunk: int | None = None
+    accumulate: int = 1
+    dtype: DTypeLike = jnp.float32
+    clip_norm: float | None = None
+
+    def __post_init__(self):
+        if self.remat not in get_args(Remat):
+            raise ValueError(
+                f"StepOptions(remat={self.remat!r}) is not known; choose one of "
+                f"{', '.join(map(repr, get_args(Remat)))}."
+            )
+        for name in ("loss_chunk", "mlp_chunk", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"StepOptions({name}={value}): a number from 1 on.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"StepOptions(clip_norm={self.clip_norm}): a number above 0, or None.")
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

@@ -1,0 +1,162 @@
+"""`ringjax train`: what it refuses, what it shows, and what a run leaves behind."""
+
+import json
+import pathlib
+
+import pytest
+from compile_cache import compiled_in
+
+from ringjax.cli import main
+from ringjax.training.config import read_config
+
+CONFIG = """
+[model]
+vocab_size = 264
+hidden_size = 16
+intermediate_size = 32
+num_layers = 1
+num_heads = 2
+head_dim = 8
+tie_word_embeddings = true
+
+[mesh]
+ring = 2
+
+[data]
+paths = ["CORPUS"]
+sequence_length = 64
+held_out = 0.3
+
+[optimizer]
+learning_rate = 1e-2
+warmup_steps = 2
+
+[train]
+steps = 6
+dtype = "float32"
+loss_chunk = 16
+
+[evaluation]
+every = 3
+rows = 2
+bins = 4
+short_context = 16
+sample_tokens = 8
+
+[run]
+directory = "RUN"
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(12):
+        (corpus / f"{number}.txt").write_text(f"{number} " * 60)
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.replace("CORPUS", str(corpus)).replace("RUN", str(tmp_path / "run")))
+    return str(path)
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.paths", "nowhere"], "data.paths 'nowhere': there is no such file or folder."),
+        (["--data.include", "*.py"], "no documents in 0 files that match data.include *.py"),
+        (
+            ["--mesh.ring", "3"],
+            "data.sequence_length 64 does not fit the mesh: zigzag layout over a ring of 3",
+        ),
+        (["--mesh.ring", "16"], "mesh.ring 16 asks for 16 devices, and JAX has 8"),
+        (["--train.remat", "offload_inputs"], "Take remat='inputs' here."),
+        (["--run.directory", "."], "holds something that is no run"),
+        (
+            ["--model.vocab-size", "256"],
+            "data.tokenizer 'bytes' has 257 tokens, but the model's vocabulary 256",
+        ),
+        (["--model.checkpoint", "x"], "model.checkpoint 'x' has its own shape"),
+        (["--processes", "2"], "--processes: only with --distributed."),
+        (["--distributed", "--process", "0"], "--process: give all of --coordinator, --processes, --process"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(capsys, config, tmp_path, monkeypatch, options, message):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    monkeypatch.chdir(tmp_path / "other")
+    error = refused(capsys, config, *options)
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.startswith("ringjax: error: ")
+
+
+def test_without_a_config_it_is_asked_for(capsys):
+    assert "train what? Give a config first" in refused(capsys)
+    assert "nothing.toml: there is no such config." in refused(capsys, "nothing.toml")
+
+
+def test_a_key_that_is_wrong_in_the_file_is_named_with_the_file(capsys, config):
+    path = pathlib.Path(config)
+    path.write_text(path.read_text().replace("\nsteps", "\nstepz"))
+    assert f"{config}: train.stepz is not known; did you mean train.steps?" in refused(capsys, config)
+
+
+def test_a_key_that_is_not_known_on_the_command_line_is_refused(capsys, config):
+    assert "--train.stepz" in refused(capsys, config, "--train.stepz", "3")
+
+
+def test_help_explains_the_keys_and_shows_the_files_values(capsys, config):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", config, "--help"])
+    assert ended.value.code == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--data.sequence-length INT Tokens of a row. Longer documents are split" in out
+    assert "Longer documents are split, shorter ones share a row. (default: 64)" in out
+
+
+def test_a_run_shows_its_progress_and_leaves_what_it_promises(capsys, config, tmp_path, tmp_path_factory):
+    # The same step as that of the tests of the loop.
+    with compiled_in(tmp_path_factory.getbasetemp() / "compiled"):
+        main(["train", config, "--data.seed", "3"])
+        shown = capsys.readouterr()
+        assert "held-out loss after step 0: " in shown.err
+        assert "step 1 of 6: loss " in shown.err
+        assert "32 tokens and " in shown.err
+        assert "cut to 16 tokens" in shown.out
+        assert "gains" in shown.out
+        # A run that has ended has nothing to do but to report.
+        main(["train", config, "--data.seed", "3", "--json"])
+    shown = capsys.readouterr()
+    assert shown.err == "going on after step 6 of 6\n"
+    report, run = json.loads(shown.out), tmp_path / "run"
+    assert report == json.loads((run / "report.json").read_text())
+    assert read_config(run / "config.toml").data.seed == 3
+    assert report["steps"] == 6
+    assert [held["step"] for held in report["held_out"]] == [0, 3, 6]
+    assert report["by_position"]["starts"] == [0, 16, 32, 48]
+    assert report["by_position"]["loss"][0] == report["by_position"]["short_loss"][0] is not None
+    assert report["sample"]["prompt"]
+    assert report["tokens_per_device"] == 32
+    assert report["memory_per_device"] > 0
+    for name in ("loss.png", "loss_by_position.png"):
+        assert (run / name).stat().st_size > 5000
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_a_signal_ends_it_with_its_own_status(capsys, config, monkeypatch):
+    from ringjax.training import loop
+
+    monkeypatch.setattr(
+        loop, "train", lambda config, observer: {"stopped": "SIGTERM", "steps": 2, "steps_wanted": 3}
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["train", config])
+    assert ended.value.code == 143
+    assert "Stopped by SIGTERM after step 2 of 3; the same command goes on." in capsys.readouterr().out

@@ -1,0 +1,313 @@
+"""Runs: cut off anywhere, they end with the bits that they would have had; other runs are left alone."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from compile_cache import compiled_in
+
+from ringjax.training import loop
+from ringjax.training.checkpoints import Checkpoints
+from ringjax.training.config import TrainingConfig
+from ringjax.training.metrics import MetricsLog, read_metrics
+from ringjax.training.observer import Observer
+from ringjax.training.optimizer import SpikeGuard, make_schedule
+from ringjax.training.sections import (
+    DataOptions,
+    EvaluationOptions,
+    MeshOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    TrainOptions,
+)
+from ringjax.training.toml import to_toml
+
+STEPS = 6
+MODEL = ModelOptions(
+    vocab_size=264, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, head_dim=8,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+
+class Recorder(Observer):
+    """Keeps what it is told, and acts after a step."""
+
+    def __init__(self, after: dict | None = None):
+        self.notes, self.steps, self.after = [], [], after or {}
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def step(self, report):
+        self.steps.append(report)
+        if action := self.after.get(report.step):
+            action()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        size = int(rng.integers(10, 150))
+        (folder / f"{number:02}.txt").write_text("".join(rng.choice(list("abc "), size)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    with compiled_in(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture
+def make_config(tmp_path, corpus):
+    def make(directory="run", *, ring=2, steps=STEPS, **run) -> TrainingConfig:
+        return TrainingConfig(
+            model=MODEL,
+            mesh=MeshOptions(ring=ring),
+            data=DataOptions(paths=(corpus,), sequence_length=64, held_out=0.2),
+            optimizer=OptimizerOptions(learning_rate=1e-2, warmup_steps=2),
+            train=TrainOptions(steps=steps, dtype="float32", loss_chunk=16),
+            evaluation=EvaluationOptions(every=3, rows=2, bins=4, sample_tokens=0),
+            run=RunOptions(
+                **{"directory": str(tmp_path / directory), "checkpoint_every": 2, "tensorboard": False} | run
+            ),
+        )
+
+    return make
+
+
+def losses(config: TrainingConfig) -> list[tuple]:
+    """All that the metrics say but for speed, which is another each time."""
+    lines = read_metrics(pathlib.Path(config.run.directory) / "metrics.jsonl")
+    return [tuple((k, v) for k, v in line.items() if k != "tokens_per_second") for line in lines]
+
+
+def final_state(config: TrainingConfig) -> bytes:
+    """The bits of the last checkpoint, as it says itself."""
+    folder = pathlib.Path(config.run.directory) / "checkpoints"
+    last = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return json.loads((folder / str(last) / "extra" / "metadata").read_text())["bit_sums"]
+
+
+class Crash(Exception):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(make_config):
+    whole, cut = make_config("whole", tensorboard=True), make_config("cut")
+    report = loop.train(whole, Recorder())
+    assert report["stopped"] is None
+    assert [held["step"] for held in report["held_out"]] == [0, 3, 6]
+    assert report["held_out"][-1]["loss"] < report["held_out"][0]["loss"]
+    assert list(pathlib.Path(whole.run.directory).glob("tensorboard/events*"))
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    # Step 2 is told of while step 3 is under way.
+    assert loop.train(cut, Recorder({2: terminate}))["stopped"] == "SIGTERM"
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    second = Recorder({5: crash})
+    with pytest.raises(Crash):
+        loop.train(cut, second)
+    assert second.steps[0].step in (3, 4)  # SIGTERM came with a checkpoint, though none was due
+    third = Recorder()
+    loop.train(cut, third)
+    assert third.notes == ["going on after step 4 of 6"]
+    assert losses(cut) == losses(whole)
+    assert final_state(cut) == final_state(whole)
+
+
+def test_a_run_goes_on_over_another_mesh(make_config):
+    whole, moved = make_config("whole"), make_config("moved")
+    loop.train(whole)
+    with pytest.raises(Crash):
+        loop.train(moved, Recorder({3: crash}))
+    recorder = Recorder()
+    loop.train(make_config("moved", ring=1), recorder)
+    assert recorder.notes == ["going on after step 2 of 6"]
+    for here, there in zip(losses(moved), losses(whole), strict=True):
+        assert [key for key, _ in here] == [key for key, _ in there]
+        assert [value for _, value in here] == pytest.approx([value for _, value in there], rel=1e-5)
+
+
+def test_the_folder_of_another_run_is_left_alone(make_config, tmp_path):
+    config = make_config()
+    loop.RunFolder(pathlib.Path(config.run.directory)).make(config)
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    other = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_layers=2))
+    with pytest.raises(ValueError, match="holds another run: model.num_layers 1 → 2. Name another with"):
+        loop.train(other)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="holds something that is no run"):
+        loop.train(make_config("thesis"))
+    with pytest.raises(ValueError, match="is a file"):
+        loop.train(make_config("thesis/thesis.tex"))
+
+
+def test_what_cannot_be_trained_leaves_no_folder(make_config, tmp_path):
+    config = make_config()
+    for section, key, value, message in (
+        ("data", "paths", ("nowhere",), "data.paths 'nowhere': there is no such file"),
+        ("model", "vocab_size", 200, "has 257 tokens, but the model's vocabulary 200"),
+        ("mesh", "ring", 16, "mesh.ring 16 asks for 16 devices, and JAX has 8"),
+    ):
+        changed = dataclasses.replace(getattr(config, section), **{key: value})
+        with pytest.raises(ValueError, match=message):
+            loop.train(dataclasses.replace(config, **{section: changed}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_documents_that_changed_are_told(make_config, tmp_path, corpus):
+    mine = tmp_path / "mine"
+    shutil.copytree(corpus, mine)
+    config = make_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=(str(mine),)))
+    with pytest.raises(Crash):
+        loop.train(config, Recorder({3: crash}))
+    (mine / "00.txt").write_text("another text")
+    with pytest.raises(ValueError, match="the documents of data.paths are no longer those"):
+        loop.train(config)
+
+
+def test_steps_that_cannot_be_trusted_change_nothing_and_end_the_run_in_time(make_config, monkeypatch):
+    monkeypatch.setattr(SpikeGuard, "limit", lambda self, step: 0.0 if step >= 2 else math.inf)
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 2)
+    config, recorder = make_config(checkpoint_every=1), Recorder()
+    with pytest.raises(
+        loop.TrainingError, match="2 steps in a row had to be skipped, up to step 4: the last norm"
+    ):
+        loop.train(config, recorder)
+    assert [report.skipped for report in recorder.steps] == [False, False, True]
+    assert "step 3 is skipped: the gradient's norm" in recorder.notes[0]
+    with Checkpoints(pathlib.Path(config.run.directory) / "checkpoints") as checkpoints:
+        assert checkpoints.steps == [2, 3]
+    sums = [
+        json.loads((checkpoints.folder / str(step) / "extra" / "metadata").read_text())["bit_sums"]
+        for step in (2, 3)
+    ]
+    assert {name for name in sums[0] if sums[0][name] != sums[1][name]} == {"step"}
+
+
+def test_the_limit_is_a_multiple_of_the_usual_norm_and_knows_it_again():
+    guard = SpikeGuard(4.0)
+    for step in range(12):
+        guard.observe(step, math.nan if step == 3 else float(step))
+    usual = np.median([0, 1, 2, 4, 5, 6, 7, 8, 9, 10])
+    assert guard.limit(12) == 4.0 * usual  # of all but the last, which may be under way
+    assert guard.limit(11) == math.inf  # nine are too few
+    again = SpikeGuard(4.0, [(step, norm) for step, norm in json.loads(json.dumps(guard.norms))])
+    assert again.limit(12) == guard.limit(12)
+    for step in range(12, 60):
+        guard.observe(step, 1000.0)
+    assert guard.limit(60) == 4000.0  # what stays becomes usual
+    assert SpikeGuard(None, guard.norms).limit(60) == math.inf
+
+
+def test_the_learning_rate_rises_and_falls():
+    options = OptimizerOptions(learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
+    rates = [float(make_schedule(options, 20)(step)) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_metrics_forget_what_comes_after_the_step_that_a_run_goes_on_from(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, tensorboard=None, step=0) as log:
+        for step in range(4):
+            log.write(step, {"loss": math.nan if step == 1 else float(step)})
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # cut off by a power failure
+    with MetricsLog(path, tensorboard=None, step=2) as log:
+        log.write(3, {"loss": 30.0})
+    found = read_metrics(path)
+    assert [line["step"] for line in found] == [0, 1, 2, 3]
+    assert math.isnan(found[1]["loss"])
+    assert found[3]["loss"] == 30.0
+
+
+PROGRAM = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+if len(sys.argv) > 3:
+    jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
+from ringjax.training.config import read_config
+from ringjax.training.loop import train
+train(read_config(sys.argv[2]))
+"""
+
+
+def start(config: TrainingConfig, folder: pathlib.Path, *, devices: int, **processes) -> subprocess.Popen:
+    path = folder / f"{pathlib.Path(config.run.directory).name}.toml"
+    path.write_text(to_toml(config))
+    arguments = [str(devices), str(path), *map(str, processes.values())]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Waits for its end, which must be a good one."""
+    errors = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(make_config, tmp_path):
+    one, two = make_config("one", ring=8), make_config("two", ring=8)
+    loop.train(one)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    running = [start(two, tmp_path, devices=4, coordinator=address, process=i) for i in range(2)]
+    for process in running:
+        finish(process)
+    for here, there in zip(losses(one), losses(two), strict=True):
+        assert [value for _, value in here] == pytest.approx([value for _, value in there], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(make_config, tmp_path, rng):
+    steps, kills = 30, 3
+    whole, killed = (make_config(name, steps=steps, checkpoint_every=1) for name in ("whole", "killed"))
+    finish(start(whole, tmp_path, devices=2))
+    checkpoints = pathlib.Path(killed.run.directory) / "checkpoints"
+    for kill in range(kills):
+        process = start(killed, tmp_path, devices=2)
+        # A checkpoint a step: most moments after this one are in the midst of a save.
+        wanted = (kill + 1) * steps // (kills + 1)
+        while not any(int(p.name) >= wanted for p in checkpoints.glob("*") if p.name.isdigit()):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.005)
+        time.sleep(float(rng.uniform(0, 0.05)))
+        process.kill()
+        process.communicate()
+    finish(start(killed, tmp_path, devices=2))
+    assert losses(killed) == losses(whole)
+    assert final_state(killed) == final_state(whole)
