@@ -50,11 +50,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thin", type=int, default=1, metavar="N", help="of each parametrised test, run one case in N"
     )
+    parser.addoption(
+        "--thin-rest",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run what `-m 'not slow' --thin N` leaves out, and the first case of each test",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if (thin := config.getoption("--thin")) > 1:
-        _thin_out(config, items, thin)
+        _thin_out(config, items, lambda item, index: index % thin == 0)
+    if (rest := config.getoption("--thin-rest")) > 1:
+        is_slow = lambda item: item.get_closest_marker("slow") is not None
+        _thin_out(config, items, lambda item, index: index == 0 or index % rest > 0 or is_slow(item))
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if not missing:
         return
@@ -64,14 +74,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-def _thin_out(config: pytest.Config, items: list[pytest.Item], thin: int) -> None:
-    """Keeps one case in so many of each test, and so at least one of every test."""
+def _thin_out(
+    config: pytest.Config, items: list[pytest.Item], keep: Callable[[pytest.Item, int], bool]
+) -> None:
+    """Leaves out the cases of each test, numbered from 0 without the slow ones, that are not to be kept."""
     seen: collections.Counter[str] = collections.Counter()
     kept, left_out = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        (left_out if seen[test] % thin else kept).append(item)
-        seen[test] += 1
+        (kept if keep(item, seen[test]) else left_out).append(item)
+        seen[test] += item.get_closest_marker("slow") is None
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 
