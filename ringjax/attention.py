@@ -28,7 +28,7 @@ from .arguments import (
     tokens_of_both,
 )
 from .biases import BiasFn
-from .kernels import Operands, choose_kernel, default_block_sizes, prepare_kernel
+from .kernels import Device, Operands, choose_kernel, default_block_sizes, prepare_kernel
 from .payloads import Latent, make_payload
 from .planning.auto import with_strategy
 from .ring import Ring, device_of, reshard, resolve_mesh
@@ -273,8 +273,10 @@ def _over_mesh(
         seq_lengths,
     )
     value_size = v.shape[3] if constants is None else constants[1].shape[2]
+    device = device_of(mesh)
+    ring = _with_kernel(ring, rule, operands, q.dtype, (q.shape[3], value_size), device)
     problem = _problem(
-        rule, operands, tokens, positions is None, padded, lengths, ring, sizes, payload, mesh, q, value_size
+        rule, operands, tokens, positions is None, padded, lengths, ring, sizes, payload, device
     )
     tensors = _Tensors(q, k, v, constants, tokens[0], tokens[1], operands)
     missing = (padded[0] - lengths[0], padded[1] - lengths[1])
@@ -492,25 +494,28 @@ def ring_attention_local(
     ring = dataclasses.replace(strategy, batch_axes=ring.batch_axes, head_axes=ring.head_axes)
     check_heads(query.shape[2], key.shape[2], ring, sizes)
     payload = make_payload(ring.payload, query.shape[3])
+    device = device_of(mesh)
+    ring = _with_kernel(ring, rule, operands, query.dtype, (query.shape[3], value.shape[3]), device)
     problem = _problem(
-        rule, operands, tokens, positions is None, lengths, lengths, ring, sizes, payload, mesh, query,
-        value.shape[3],
-    )  # fmt: skip
+        rule, operands, tokens, positions is None, lengths, lengths, ring, sizes, payload, device
+    )
     tensors = _Tensors(query, key, value, None, tokens[0], tokens[1], operands)
     out, lse = _attend_local(tensors, problem=problem, ring=ring)
     return (out, lse) if return_residual else out
 
 
+def _with_kernel(ring: Ring, rule, operands, dtype, head_sizes: tuple[int, int], device: Device) -> Ring:
+    """`ring`, with a kernel and its block sizes in place of defaults; `head_sizes` are H and Hv."""
+    kernel = choose_kernel(rule, operands, dtype, device) if ring.kernel == "auto" else ring.kernel
+    prepare_kernel(kernel)
+    block_sizes = ring.block_sizes or default_block_sizes(kernel, device, dtype, head_sizes)
+    return dataclasses.replace(ring, kernel=kernel, block_sizes=block_sizes)
+
+
 def _problem(
-    rule, operands, tokens, own_positions, padded, lengths, ring, axis_sizes, payload, mesh, q, value_size
+    rule, operands, tokens, own_positions, padded, lengths, ring, axis_sizes, payload, device
 ) -> Problem:
     """Every default resolved."""
-    device = device_of(mesh)
-    kernel = ring.kernel
-    if kernel == "auto":
-        kernel = choose_kernel(rule, operands, q.dtype, device)
-    prepare_kernel(kernel)
-    head_sizes = (q.shape[3], value_size)
     return Problem(
         axis_names=ring.axis_names,
         axis_sizes=axis_sizes,
@@ -527,8 +532,8 @@ def _problem(
         ),
         payload=payload,
         head_groups=ring.head_groups,
-        kernel=kernel,
-        block_sizes=ring.block_sizes or default_block_sizes(kernel, device, q.dtype, head_sizes),
+        kernel=ring.kernel,
+        block_sizes=ring.block_sizes,
         device=device,
         batch_axes=ring.batch_axes,
         head_axes=ring.head_axes,

@@ -24,7 +24,7 @@ class BenchTraining:
     """
 
     tokens: int = 8192
-    """Length of the sequence. Memory of the one device grows with its square: 16,384 take over 20 GB."""
+    """Length of the sequence. Memory of the one device grows with its square."""
     layers: int = 4
     """Number of layers."""
     hidden: int = 256
