@@ -17,7 +17,7 @@ References:
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,13 @@ Real = Bool[Array, "#B S"]
 
 @dataclasses.dataclass(frozen=True)
 class AsIs:
-    """Keys and values in their own dtype."""
+    """Keys and values in their own dtype.
+
+    Attributes:
+        expands: whether keys and values have another shape than the wire, and so has their gradient.
+    """
+
+    expands: ClassVar[bool] = False
 
     def encode(self, kv: KV, parameters: Any, real: Real, axis_names: tuple[str, ...]) -> tuple[Any, Any]:
         """The same."""
@@ -128,6 +134,7 @@ class Latent:
         latent_size: R.
     """
 
+    expands: ClassVar[bool] = True
     latent_size: int
 
     def encode(self, kv: KV, parameters: Any, real: Real, axis_names: tuple[str, ...]) -> tuple[Any, Any]:

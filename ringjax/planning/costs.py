@@ -203,11 +203,11 @@ def _forward_buffers(shard: Shard, choice: Choice, decoded: int) -> dict[str, in
             pieces = shard.q + shard.kv + 2 * shard.out if choice.head_groups > 1 else 0
             return {"gathered": gathered, "parts of heads": pieces, "accumulators": partial}
         case "ring_q":
-            return {"keys and values": shard.kv, "on the way": 2 * (shard.q + F32 * shard.out_items)}
+            return {"keys and values": shard.kv, "on the way": 2 * shard.q + 3 * F32 * shard.out_items}
         case "double_ring":
             copies = 2
         case "ring" | "ulysses" | "usp":
-            copies = 7 if choice.bidirectional else 1
+            copies = 3 if choice.bidirectional else 1
     return {
         "keys and values": shard.kv + decoded,
         "on the way": copies * shard.kv_sent,
@@ -231,10 +231,10 @@ def _backward_buffers(shard: Shard, workload: Workload, choice: Choice, decoded:
         case "ring" | "ring_q" | "usp":
             queries = choice.strategy == "ring_q"
             if moves_queries(shard, ring_schedule(workload, choice), "backward", queries=queries):
-                on_way, sums, both_ways = 2 * (shard.q + shard.out) + 3 * dq, dkv, 5
+                on_way, sums = 2 * (shard.q + shard.out) + 2 * dq, dkv
             else:
-                on_way, sums, both_ways = 2 * shard.kv_sent + 3 * dkv, dq, 3
-            on_way *= both_ways if choice.bidirectional else 1
+                on_way, sums = 2 * shard.kv_sent + 3 * dkv, dq
+            on_way *= 2 if choice.bidirectional else 1
     return {"keys and values": shard.kv + decoded, "on the way": on_way, "accumulators": sums * wider}
 
 

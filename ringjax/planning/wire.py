@@ -27,10 +27,10 @@ class Axis(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One array that travels, again and again.
+    """What travels as one array, again and again.
 
     Attributes:
-        what: the array's name.
+        what: its name, or those of the arrays in one parcel.
         collective: as the compiled program calls it.
         axis: the devices it joins.
         count: how often a device takes part.
@@ -143,21 +143,19 @@ def _keys(shard: Shard, schedule: Schedule, axis: Axis, pass_: Pass) -> list[Tra
 def _queries_forward(shard: Shard, schedule: Schedule, axis: Axis) -> list[Transfer]:
     """Queries travel, and their float32 partial results follow them home."""
     permute = _permute(axis, "forward")
+    partial = F32 * shard.out_items + shard.statistics
     return [
         permute("q", schedule.hops, shard.q),
-        permute("out", _followed(schedule), F32 * shard.out_items, follows=True),
-        permute("lse", _followed(schedule), shard.statistics, follows=True),
+        permute("partial", _followed(schedule), partial, follows=True),
     ]
 
 
 def _queries_backward(shard: Shard, schedule: Schedule, axis: Axis) -> list[Transfer]:
     """Queries, their cotangents and statistics travel, and the float32 gradient of the queries follows."""
     permute = _permute(axis, "backward")
+    parcel = shard.q + shard.out + 2 * shard.statistics
     return [
-        permute("q", schedule.hops, shard.q),
-        permute("dout", schedule.hops, shard.out),
-        permute("lse", schedule.hops, shard.statistics),
-        permute("delta", schedule.hops, shard.statistics),
+        permute("q, dout, lse, delta", schedule.hops, parcel),
         permute("dq", _followed(schedule), F32 * shard.q_items, follows=True),
     ]
 

@@ -20,6 +20,7 @@ from ..masks import Tokens
 from ..partials import Partial
 from ..payloads import Payload
 from ..schedule import Schedule
+from .parcels import pack, unpack
 
 __all__ = [
     "Inputs",
@@ -106,11 +107,11 @@ class Problem:
         return Tokens(jnp.concatenate(local)[None])
 
     def permute(self, tree, hops: int = 1):
-        """Sends shards on round the ring."""
+        """Sends shards on round the ring, as one parcel."""
         if hops % self.ring_size == 0:
             return tree
         pairs = [(rank, (rank + hops) % self.ring_size) for rank in range(self.ring_size)]
-        return jax.tree.map(lambda x: lax.ppermute(x, self.axis_names, pairs), tree)
+        return unpack(jax.tree.map(lambda x: lax.ppermute(x, self.axis_names, pairs), pack(tree)), tree)
 
 
 class Inputs(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 from ..schedule import Schedule
 from . import rotate_kv
 from .base import Inputs, Problem, decoded, finish, gradient, no_partial
-from .journey import journey
+from .journey import add, journey
 
 __all__ = ["backward", "forward"]
 
@@ -23,8 +23,8 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
     """Attention over the keys of all."""
     between, within = _rings(problem)
 
-    def round_(partial, shard, host):
-        def visit(partial, shard, device):
+    def round_(partial, shard, host, _):
+        def visit(partial, shard, device, _):
             return rotate_kv.fold(partial, shard, _source(problem, host, device), inputs, problem), ()
 
         return journey(shard, partial, visit, problem=within, legs=within.schedule.legs, add=None)
@@ -39,12 +39,13 @@ def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, 
     """Gradients of what stays, and of this rank's own keys and values."""
     between, within = _rings(problem)
 
-    def round_(stay, shard, host):
-        def visit(stay, shard, device):
+    def round_(stay, shard, host, left):
+        def visit(stay, shard, device, left):
             source = _source(problem, host, device)
-            return rotate_kv.fold_back(stay, shard, source, inputs, (lse, delta, dout), problem)
+            return rotate_kv.fold_back(stay, shard, left, source, inputs, (lse, delta, dout), problem)
 
-        return journey(shard, stay, visit, problem=within, legs=within.schedule.legs)
+        stay, more = journey(shard, stay, visit, problem=within, legs=within.schedule.legs)
+        return stay, more if left is None else add(left, more)
 
     start, home = rotate_kv.nothing_back(inputs, problem), (inputs.kv, inputs.kv_tokens)
     (gradients, dconstants), dkv = journey(home, start, round_, problem=between, legs=between.schedule.legs)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .base import Problem
+from .parcels import pack, unpack
 
 __all__ = ["add", "journey"]
 
@@ -30,7 +31,7 @@ def add(a: Tree, b: Tree) -> Tree:
 def journey(
     home: Tree,
     stay: Tree,
-    visit: Callable[[Tree, Tree, Any], tuple[Tree, Tree]],
+    visit: Callable[[Tree, Tree, Any, Tree], tuple[Tree, Tree]],
     *,
     problem: Problem,
     legs: Sequence[Sequence[int]],
@@ -41,28 +42,33 @@ def journey(
     Args:
         home: this rank's own shard.
         stay: what this rank keeps and updates.
-        visit: `visit(stay, shard, offset) -> (stay, left)`: works on the shard of rank - offset, and leaves
-            something for its owner.
+        visit: `visit(stay, shard, offset, left) -> (stay, left)`: works on the shard of rank - offset, and
+            adds to what others have left for its owner, None where it is the first.
         problem: whose ring it is.
         legs: as in `Schedule`.
-        add: sums what is left; None where that is `()`, nothing.
+        add: sums what the legs bring home; None where what is left is `()`, nothing.
 
     Returns:
         What stayed, and the sum of what all ranks have left for this one.
     """
+    parcel = pack(home) if legs else home
     if len(legs) == 1 and add is None:
         # Nothing tells the own shard from the others, so it shares their loop.
-        legs, shards, left, arrived = [(0, *legs[0])], [home], [()], []
+        legs, shards, left, arrived = [(0, *legs[0])], [parcel], [()], []
     else:
-        shards = [problem.permute(home, leg[0]) for leg in legs]
-        stay, own = visit(stay, home, 0)
+        shards = [problem.permute(parcel, leg[0]) for leg in legs]
+        stay, own = visit(stay, home, 0, None)
         # What the rank leaves for itself goes along on the first leg, which takes no room of its own.
         left = [own, *[None] * (len(legs) - 1)][: len(legs)]
         arrived = [] if legs else [own]
+
+    def met(stay, parcel, *rest):
+        return visit(stay, unpack(parcel, home), *rest)
+
     at = 0
     while legs:
         hops = [_hops(leg, at, add) for leg in legs]
-        step = ft.partial(_step, [leg[at] for leg in legs], hops, visit, problem, add)
+        step = ft.partial(_step, [leg[at] for leg in legs], hops, met, problem, add)
         count = 1 if any(x is None for x in left) else _alike(legs, at, add)
         stay, shards, left = _repeat(step, (stay, shards, left), count)
         at += count
@@ -76,7 +82,7 @@ def journey(
     return stay, () if add is None else ft.reduce(add, arrived)
 
 
-def _step(offsets, hops, visit, problem: Problem, add, carry, index):
+def _step(offsets, hops, visit, problem: Problem, add: Add | None, carry, index):
     """One hop of every leg; offsets are those of the first of a run of steps, `index` counts them."""
     stay, shards, left = carry
     following = [
@@ -89,8 +95,13 @@ def _step(offsets, hops, visit, problem: Problem, add, carry, index):
     ]
     sums = []
     for shard, sum_, offset, (_, out) in zip(shards, arriving, offsets, hops, strict=True):
-        stay, more = visit(stay, shard, offset if out is None else offset + index * out)
-        sums.append(more if sum_ is None or add is None else add(sum_, more))
+        if out is not None or sum_ is None or add is None:
+            stay, sum_ = visit(stay, shard, offset if out is None else offset + index * out, sum_)
+        else:
+            # The last stop starts anew: what it makes can then be computed while the rest arrives.
+            stay, more = visit(stay, shard, offset, None)
+            sum_ = add(sum_, more)
+        sums.append(sum_)
     return stay, following, sums
 
 
@@ -111,6 +122,7 @@ def _alike(legs: Sequence[Sequence[int]], at: int, add: Add | None) -> int:
 def _repeat(step, carry, count: int):
     """`step(carry, index)` for each index below `count`; one loop, so that programs do not grow."""
     if count == 1:
-        return step(carry, 0)
+        # As a loop does: nothing of this step is begun in the one before.
+        return step(lax.optimization_barrier(carry), 0)
     indices = jnp.arange(count, dtype=jnp.int32)
     return lax.scan(lambda carry, index: (step(carry, index), None), carry, indices)[0]

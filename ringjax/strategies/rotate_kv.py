@@ -21,7 +21,7 @@ __all__ = ["backward", "fold", "fold_back", "forward"]
 def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
     """Attention over the shards of the schedule."""
 
-    def visit(partial, shard, offset):
+    def visit(partial, shard, offset, _):
         return fold(partial, shard, _source(problem, offset), inputs, problem), ()
 
     home = inputs.kv, inputs.kv_tokens
@@ -33,8 +33,8 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
 def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem) -> Inputs:
     """Gradients of what stays, and of this rank's own keys and values."""
 
-    def visit(stay, shard, offset):
-        return fold_back(stay, shard, _source(problem, offset), inputs, (lse, delta, dout), problem)
+    def visit(stay, shard, offset, left):
+        return fold_back(stay, shard, left, _source(problem, offset), inputs, (lse, delta, dout), problem)
 
     home = inputs.kv, inputs.kv_tokens
     (gradients, dconstants), dkv = journey(
@@ -57,15 +57,21 @@ def nothing_back(inputs: Inputs, problem: Problem) -> tuple[Gradients, Any]:
     return gradients._replace(dkv=None), jax.tree.map(jnp.zeros_like, dconstants)
 
 
-def fold_back(stay, shard, source, inputs: Inputs, statistics, problem: Problem):
-    """Gradients of what stays, with those from a shard; and the gradient of that shard as it travels."""
+def fold_back(stay, shard, left, source, inputs: Inputs, statistics, problem: Problem):
+    """Gradients of what stays, with those from a shard; and the gradient of that shard as it travels.
+
+    The kernel goes on from the gradient that others have left, which therefore takes no room beside its own.
+    """
     gradients, dconstants = stay
     wire, kv_tokens = shard
     kv = decoded(inputs, problem, wire)
     meeting = tile(inputs, problem, inputs.q_tokens, kv_tokens, problem.rank, source)
-    start = gradients._replace(dkv=no_gradients(inputs, kv).dkv)
+    goes_on = left is not None and not problem.payload.expands
+    start = gradients._replace(dkv=left if goes_on else no_gradients(inputs, kv).dkv)
     gradients = problem.kernel_module.backward(inputs.q, kv, *statistics, meeting, start)
     dwire, more = problem.payload.pull(wire, inputs.constants, gradients.dkv)
+    if left is not None and not goes_on:
+        dwire = left + dwire
     return (gradients._replace(dkv=None), jax.tree.map(jnp.add, dconstants, more)), dwire
 
 

@@ -23,10 +23,12 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
     """Attention over the shards of the schedule."""
     kv, there = decoded(inputs, problem), _with_operands_by_keys(inputs, problem)
 
-    def visit(stay, shard, offset):
+    def visit(stay, shard, offset, left):
         q, q_tokens = shard
         meeting = _meeting(there, problem, q_tokens, offset)
-        return stay, problem.kernel_module.forward(q, kv, meeting, no_partial(inputs, kv))
+        # From nothing, and merged afterwards: so what is left has until then to arrive.
+        partial = problem.kernel_module.forward(q, kv, meeting, no_partial(inputs, kv))
+        return stay, partial if left is None else partials.merge(left, partial)
 
     home = inputs.q, inputs.q_tokens
     _, partial = journey(home, (), visit, problem=problem, legs=_legs(problem), add=partials.merge)
@@ -38,10 +40,10 @@ def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, 
     kv = decoded(inputs, problem)
     nothing = no_gradients(inputs, kv)
 
-    def visit(stay, shard, offset):
+    def visit(stay, shard, offset, left):
         q, q_tokens, *statistics = shard
         meeting = _meeting(inputs, problem, q_tokens, offset)
-        start = stay._replace(dq=nothing.dq)
+        start = stay._replace(dq=nothing.dq if left is None else left)
         gradients = problem.kernel_module.backward(q, kv, *statistics, meeting, start)
         return gradients._replace(dq=None), gradients.dq
 
