@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .biases import alibi
-from .kernels import BlockSizes, KernelName, Operands, Rule, Tile, get_kernel
+from .kernels import BlockSizes, Device, KernelName, Operands, Rule, Tile, get_kernel
 from .masks import Causal, ChunkedLocal, Full, Mask, MaskFn, PrefixLM, SlidingWindow, Tokens
 from .payloads import AsIs, Cast, Latent, Payload
 from .ring import Strategy
@@ -46,6 +46,11 @@ class Feature:
     dtype: str = "float32"
 
 
+def _by_distance(table, head, q_position, kv_position):
+    del head
+    return table[jnp.clip(q_position - kv_position, 0, table.shape[0] - 1)]
+
+
 def _even(q_position, kv_position):
     return (q_position - kv_position) % 2 == 0
 
@@ -70,6 +75,11 @@ FEATURES: dict[str, Feature] = {
         rule=(("bias_fn", alibi(1).fn),),
         operands=("bias_parameters",),
     ),
+    "bias_table": Feature(
+        text="bias functions that look parameters up by position",
+        rule=(("bias_fn", _by_distance),),
+        operands=("bias_parameters",),
+    ),
     "soft_cap": Feature(text="soft cap of the logits", rule=(("soft_cap", 30.0),)),
     "sinks": Feature(text="attention sinks, with their gradient", operands=("sinks",)),
     "dropout": Feature(text="dropout, alike on any ring", rule=(("dropout_rate", 0.1),), operands=("seed",)),
@@ -86,11 +96,16 @@ FEATURES: dict[str, Feature] = {
 }
 
 
-# Whichever the strategy, a kernel is asked the same: those beside `blockwise` stand under one.
+# Whichever the strategy, a kernel is asked the same: those beside `blockwise` stand under one. Every cell of
+# these columns can be tried on a CPU.
 COLUMNS: tuple[tuple[Strategy, KernelName], ...] = (
     *((strategy, "blockwise") for strategy in get_args(Strategy)),
-    *(("ring", kernel) for kernel in get_args(KernelName) if kernel != "blockwise"),
+    ("ring", "pallas"),
 )
+# What only a GPU can run: its cells say what is taken, in bfloat16 where a feature names no other dtype.
+NOT_RUN: tuple[tuple[Strategy, KernelName], ...] = (("ring", "tokamax"),)
+GPU = Device(platform="gpu", kind="NVIDIA H100 80GB HBM3")
+assert {kernel for _, kernel in (*COLUMNS, *NOT_RUN)} == set(get_args(KernelName))
 
 
 def reason_against(feature: Feature, strategy: Strategy, kernel: KernelName) -> str | None:
@@ -98,15 +113,19 @@ def reason_against(feature: Feature, strategy: Strategy, kernel: KernelName) -> 
     zeros: Any = np.zeros((1, 8), np.int32)
     tokens = Tokens(zeros, zeros if feature.segments else None)
     operands: dict[str, Any] = {name: np.zeros(OPERAND_SHAPES[name], np.float32) for name in feature.operands}
+    device, dtype = Device(), feature.dtype
+    if (strategy, kernel) in NOT_RUN:
+        device, dtype = GPU, "bfloat16" if dtype == "float32" else dtype
     tile = Tile(
         q=tokens,
         kv=tokens,
         operands=Operands(**operands),
         rule=Rule(mask=feature.mask, scale=1.0, **dict(feature.rule)),
         block_sizes=BlockSizes(),
+        device=device,
     )
     return get_strategy(strategy).supports(tile, feature.payload) or get_kernel(kernel).supports(
-        tile, jnp.dtype(feature.dtype), "cpu"
+        tile, jnp.dtype(dtype), device.platform
     )
 
 
@@ -121,16 +140,17 @@ def table() -> str:
 
     def cell(feature: Feature, strategy: Strategy, kernel: KernelName) -> str:
         if (reason := reason_against(feature, strategy, kernel)) is None:
-            return "yes"
+            return "not run" if (strategy, kernel) in NOT_RUN else "yes"
         if reason not in notes:
             notes.append(reason)
         return f"no [{notes.index(reason) + 1}]"
 
+    columns = *COLUMNS, *NOT_RUN
     lines = [
-        f"| | {' | '.join(f'`{s}`, `{k}`' for s, k in COLUMNS)} |",
-        f"| --- |{' --- |' * len(COLUMNS)}",
+        f"| | {' | '.join(f'`{s}`, `{k}`' for s, k in columns)} |",
+        f"| --- |{' --- |' * len(columns)}",
         *(
-            f"| {feature.text} | {' | '.join(cell(feature, *column) for column in COLUMNS)} |"
+            f"| {feature.text} | {' | '.join(cell(feature, *column) for column in columns)} |"
             for feature in FEATURES.values()
         ),
     ]

@@ -53,7 +53,7 @@ def choose_kernel(rule: Rule, operands: Operands, dtype: DTypeLike, device: Devi
 
 def prepare_kernel(kernel: KernelName) -> None:
     """What has to be done before each call, whether its program is traced or known already."""
-    if kernel == "pallas":
+    if kernel != "blockwise":
         get_kernel(kernel).prepare()
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -35,13 +35,14 @@ __all__ = [
     "Tile",
     "Visits",
     "accumulator_dtype",
+    "alone",
     "in_order",
     "vary_alike",
     "verdict_table",
     "visits",
 ]
 
-KernelName = Literal["blockwise", "pallas"]
+KernelName = Literal["blockwise", "pallas", "tokamax"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -321,6 +322,26 @@ def vary_alike(*trees):
 
     trees = jax.tree.map(vary, trees)
     return trees if len(trees) > 1 else trees[0]
+
+
+def alone(call: Callable, platform: str, *arguments, custom_calls: tuple[str, ...] = ()):
+    """`call(*arguments)`, lowered by itself inside a `shard_map`.
+
+    Pallas' interpreter, other people's kernels, and the steps of a function traced elsewhere mix values that
+    vary over a mesh with such that do not, which is refused where `shard_map` looks for that. `custom_calls`
+    are those that the lowering may make.
+    """
+    arguments = vary_alike(arguments)
+    like = jax.tree.leaves(arguments)[0]
+    if not jax.typeof(like).manual_axis_type.varying:
+        return call(*arguments)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    exported = export.export(
+        jax.jit(call),
+        platforms=["cpu" if platform == "cpu" else "cuda"],
+        disabled_checks=[export.DisabledSafetyCheck.custom_call(name) for name in custom_calls],
+    )
+    return jax.tree.map(lambda x: vary_alike(x, like)[0], exported(*shapes).call(*arguments))
 
 
 assert PARTIAL < FULL < EMPTY  # the order of work that `visits` sorts by

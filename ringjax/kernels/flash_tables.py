@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from ..masks import Tokens
 from .base import Blocks, BlockSizes, Device, Tile, Visits, in_order, verdict_table
 
-__all__ = ["Cut", "Launch", "PassName", "Tables", "launch_of", "padded_head"]
+__all__ = ["Cut", "Launch", "PassName", "Tables", "chip_of", "launch_of", "padded_head"]
 
 # The least that a tensor core multiplies, on each side.
 SMALLEST = 16
@@ -99,12 +99,14 @@ class Tables(NamedTuple):
         kv: keys likewise.
         rows: for each block of queries, which blocks of keys to visit.
         columns: for each block of keys, which blocks of queries.
+        verdict: on each pair of blocks, `B nq nk`.
     """
 
     q: Tokens
     kv: Tokens
     rows: Visits
     columns: Visits
+    verdict: jax.Array
 
     @classmethod
     def of(cls, tile: Tile, q: Cut, kv: Cut) -> "Tables":
@@ -118,6 +120,7 @@ class Tables(NamedTuple):
             kv.blocks.of(tile.kv),
             in_order(verdict),
             in_order(jnp.swapaxes(verdict, 1, 2)),
+            verdict,
         )
 
 
@@ -140,34 +143,61 @@ def _padded_mask(tile: Tile, q: Cut, kv: Cut):
 # ---------------------------------------------------------------- launches
 
 
-PassName = Literal["forward", "dq", "dkv"]
+PassName = Literal["forward", "dq", "dkv", "dbias"]
 
 
 class Pass(NamedTuple):
-    """How one pass is launched: warps of a program, and how many loads are under way at once."""
+    """How one pass is launched.
+
+    Attributes:
+        warps: of a program.
+        stages: how many loads are under way at once.
+        blocks: its tile, where that is not the one of all passes.
+        rich: how instead where logits are capped, biased or dropped, which takes registers.
+    """
 
     warps: int
     stages: int = 2
+    blocks: BlockSizes | None = None
+    rich: "Pass | None" = None
 
 
 class Launch(NamedTuple):
-    """How the three passes of a flash kernel are launched, and their tile: of one head, queries by keys."""
+    """How the passes of a flash kernel are launched, and their tile: of one head, queries by keys."""
 
     block_sizes: BlockSizes
     forward: Pass
     dq: Pass
     dkv: Pass
+    bias: Pass | None = None
+
+    @property
+    def dbias(self) -> Pass:
+        """If nothing is said, as the gradient of the queries, of which it is a part."""
+        return self.dq if self.bias is None else self.bias
+
+    def of_pass(self, name: PassName, given: BlockSizes, *, rich: bool) -> tuple[BlockSizes, Pass]:
+        """Tile and launch of a pass; a tile that is `given` and not this table's is kept."""
+        how: Pass = getattr(self, name)
+        how = how.rich if rich and how.rich is not None else how
+        return how.blocks if how.blocks is not None and given == self.block_sizes else given, how
 
 
 def launch_of(device: Device, dtype: DTypeLike, head_sizes: tuple[int, int]) -> Launch:
     """What was seen to compile without spills, by chip, dtype and the larger of H and Hv."""
-    chips: list[Chip] = [*(chip for part, chip in CHIPS.items() if part in device.kind), "hopper"]
-    rows = FLOAT32 if jnp.dtype(dtype).itemsize > 2 else HALF[chips[0]]
+    rows = FLOAT32 if jnp.dtype(dtype).itemsize > 2 else HALF[chip_of(device)]
     size = padded_head(max(head_sizes))
     return next((row for most, row in rows.items() if size <= most), rows[max(rows)])
 
 
 Chip = Literal["ampere", "hopper", "blackwell"]
+
+
+def chip_of(device: Device) -> Chip:
+    """The generation of a GPU; one that is not known is taken for a Hopper."""
+    chips: list[Chip] = [*(chip for part, chip in CHIPS.items() if part in device.kind), "hopper"]
+    return chips[0]
+
 
 # By parts of the name that JAX gives a device.
 CHIPS: dict[str, Chip] = {
@@ -180,23 +210,64 @@ CHIPS: dict[str, Chip] = {
 HALF: dict[Chip, dict[int, Launch]] = {
     "ampere": {
         64: Launch(BlockSizes(q=64, kv=32), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
-        128: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
-        256: Launch(BlockSizes(q=64, kv=32), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
+        128: Launch(
+            BlockSizes(q=64, kv=64),
+            forward=Pass(4, rich=Pass(8)),
+            dq=Pass(8),
+            dkv=Pass(8),
+            bias=Pass(8, blocks=BlockSizes(q=32, kv=32)),
+        ),
+        256: Launch(
+            BlockSizes(q=64, kv=32),
+            forward=Pass(8),
+            dq=Pass(8),
+            dkv=Pass(8),
+            bias=Pass(8, blocks=BlockSizes(q=32, kv=32)),
+        ),
     },
     "hopper": {
-        128: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
-        256: Launch(BlockSizes(q=64, kv=32), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
+        64: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
+        128: Launch(
+            BlockSizes(q=64, kv=64),
+            forward=Pass(4),
+            dq=Pass(8),
+            dkv=Pass(8, rich=Pass(8, blocks=BlockSizes(q=32, kv=64))),
+        ),
+        256: Launch(
+            BlockSizes(q=64, kv=32),
+            forward=Pass(4, rich=Pass(8)),
+            dq=Pass(8),
+            dkv=Pass(8),
+        ),
     },
     "blackwell": {
         64: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(4), dkv=Pass(4)),
-        128: Launch(BlockSizes(q=64, kv=64), forward=Pass(8), dq=Pass(4), dkv=Pass(4)),
-        256: Launch(BlockSizes(q=64, kv=64), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
+        128: Launch(
+            BlockSizes(q=64, kv=64),
+            forward=Pass(8),
+            dq=Pass(4),
+            dkv=Pass(4, rich=Pass(8)),
+            bias=Pass(8),
+        ),
+        256: Launch(
+            BlockSizes(q=64, kv=64),
+            forward=Pass(8, rich=Pass(4, blocks=BlockSizes(q=64, kv=32))),
+            dq=Pass(8, rich=Pass(8, blocks=BlockSizes(q=64, kv=32))),
+            dkv=Pass(8, rich=Pass(8, blocks=BlockSizes(q=32, kv=64))),
+            bias=Pass(8, blocks=BlockSizes(q=64, kv=32)),
+        ),
     },
 }
 
 # No chip has tensor cores for it, and operands are held in registers.
 FLOAT32: dict[int, Launch] = {
     64: Launch(BlockSizes(q=32, kv=32), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
-    128: Launch(BlockSizes(q=16, kv=16), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
-    256: Launch(BlockSizes(q=16, kv=16), forward=Pass(8), dq=Pass(8), dkv=Pass(4, stages=1)),
+    128: Launch(BlockSizes(q=16, kv=16), forward=Pass(8), dq=Pass(8), dkv=Pass(8, rich=Pass(8, stages=1))),
+    256: Launch(
+        BlockSizes(q=16, kv=16),
+        forward=Pass(8),
+        dq=Pass(8, rich=Pass(4)),
+        dkv=Pass(4, stages=1),
+        bias=Pass(8, stages=1),
+    ),
 }

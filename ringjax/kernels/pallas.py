@@ -12,6 +12,7 @@ References:
     Tillet, Kung and Cox, "Triton", MAPL 2019.
 """
 
+import dataclasses
 import functools as ft
 import warnings
 from collections.abc import Callable
@@ -19,17 +20,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import export, lax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as triton_backend
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..dropout import Place, keep
-from ..masks import Tokens, attends_pairwise
+from ..masks import EMPTY, PARTIAL, Tokens, attends_pairwise
 from ..partials import Partial
-from .base import Gradients, Tile, Visits, vary_alike
-from .flash_tables import Cut, Pass, PassName, Tables, launch_of, padded_head
+from .base import BlockSizes, Gradients, Tile, Visits, alone, vary_alike
+from .flash_tables import Cut, Launch, Pass, PassName, Tables, launch_of, padded_head
+from .head_numbers import HeadNumbers, looks_into_arrays
 
 __all__ = ["backward", "forward", "prepare", "supports"]
 
@@ -46,26 +48,18 @@ def _lacks(tile: Tile, dtype: DTypeLike, platform: str) -> str | None:
         return f"does not run on {platform}, only on NVIDIA GPUs and, interpreted, on a CPU"
     if jnp.dtype(dtype) == jnp.float64:
         return "does not compute in float64"
-    if operands.bias is not None:
-        return "does not add bias arrays"
-    if jax.tree.leaves(operands.bias_parameters):
-        return "does not add bias functions that have parameters"
     position = jnp.zeros((1, 1), jnp.int32)
-    asked: list[tuple[str, Callable, tuple]] = [("mask", rule.mask.allowed, (position, position))]
+    traced = jax.make_jaxpr(rule.mask.allowed)(position, position)
+    if any(jnp.ndim(const) for const in traced.consts) or looks_into_arrays(traced.jaxpr):
+        return "does not look into arrays, as the function of the mask does"
     if rule.bias_fn is not None:
-        asked.append(("bias", ft.partial(rule.bias_fn, operands.bias_parameters), (position,) * 3))
-    for name, fn, arguments in asked:
-        traced = jax.make_jaxpr(fn)(*arguments)
-        if any(jnp.ndim(const) for const in traced.consts) or _indexes(traced.jaxpr):
-            return f"does not look into arrays, as the function of the {name} does"
+        for shapes in (((32, 1), (1, 16)), ((1, 32), (16, 1))):
+            if HeadNumbers.of(rule.bias_fn, operands.bias_parameters, *shapes) is None:
+                return "does not look into arrays by position, as the function of the bias does"
+    if operands.mask is not None and 2**31 < operands.mask.size <= 2**32:
+        # Pallas counts their elements in 32 bits, with a sign.
+        return "does not read mask arrays of 2³¹ to 2³² elements"
     return None
-
-
-def _indexes(jaxpr) -> bool:
-    """Whether a traced function reads an array at computed places, for which Triton has no word."""
-    inner = (getattr(param, "jaxpr", None) for eqn in jaxpr.eqns for param in eqn.params.values())
-    found = any(eqn.primitive.name in ("gather", "dynamic_slice", "sort") for eqn in jaxpr.eqns)
-    return found or any(_indexes(sub) for sub in inner if sub is not None)
 
 
 def forward(
@@ -75,7 +69,7 @@ def forward(
     into: Partial,
 ) -> Partial:
     """Merges into `into` the attention of `q` over this shard of keys and values."""
-    meeting = _Meeting(q, kv, tile)
+    meeting = _meetings(q, kv, tile)("forward")
 
     def program(ids, into: Partial, refs: _Refs, result: Partial) -> None:
         at, visits = meeting.row(refs, ids)
@@ -124,29 +118,27 @@ def backward(
     into: Gradients,
 ) -> Gradients:
     """Adds to `into` what the meeting of these two shards contributes."""
-    meeting = _Meeting(q, kv, tile, lse, delta, dout)
-    dq = meeting.launch("dq", ft.partial(_dq_program, meeting), meeting.q_grid, into.dq)
-    dkv = meeting.launch("dkv", ft.partial(_dkv_program, meeting), meeting.kv_grid, into.dkv)
-    return into._replace(dq=dq, dkv=dkv)
+    meeting = _meetings(q, kv, tile, lse, delta, dout)
+    rows, columns = meeting("dq"), meeting("dkv")
+    dq = rows.launch("dq", ft.partial(_dq_program, rows), rows.q_grid, into.dq)
+    dkv = columns.launch("dkv", ft.partial(_dkv_program, columns), columns.kv_grid, into.dkv)
+    into = into._replace(dq=dq, dkv=dkv)
+    if into.dbias is not None:
+        into = into._replace(dbias=_dbias(meeting("dbias"), into.dbias))
+    if jax.tree.leaves(into.dbias_parameters):
+        into = into._replace(dbias_parameters=_dbias_parameters(meeting("dbias"), into.dbias_parameters))
+    return into
 
 
 def _dq_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
     at, visits = meeting.row(refs, ids)
-    q_rows = meeting.load_rows(refs.q, at, meeting.head_size)
-    dout, lse, delta = meeting.load_cotangents(refs, at)
+    rows = meeting.load_queries(refs, at)
 
     def fold(masked: bool):
         def body(visit, dq):
             here = meeting.with_keys(refs, at, visits.block(visit))
             keys, values = meeting.load_kv(refs.kv, here)
-            logits = meeting.logits(refs, q_rows, keys, here, masked)
-            weights = jnp.exp(logits.masked - lse[:, None])
-            dweights = _dot(dout, values, transposed=True)
-            if (factor := meeting.dropout(refs, here)) is not None:
-                dweights *= factor
-            dlogits = weights * (dweights - delta[:, None])
-            if logits.slope is not None:
-                dlogits *= logits.slope
+            dlogits = _dlogits(meeting, refs, rows, keys, values, here, masked)
             return dq + _dot(dlogits.astype(keys.dtype), keys)
 
         return body
@@ -155,6 +147,17 @@ def _dq_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
     dq = visits.fold_all(fold, zeros) * jnp.float32(meeting.scale)
     before = meeting.load_rows(into, at, meeting.head_size)
     meeting.store_rows(result, before + dq, at, meeting.head_size)
+
+
+def _dlogits(meeting: "_Meeting", refs: "_Refs", rows: "_Queries", keys, values, at, masked: bool):
+    """The gradient of a block of logits as they are before the cap, queries by keys."""
+    logits = meeting.logits(refs, rows.q, keys, at, masked)
+    weights = jnp.exp(logits.masked - rows.lse[:, None])
+    dweights = _dot(rows.dout, values, transposed=True)
+    if (factor := meeting.dropout(refs, at)) is not None:
+        dweights *= factor
+    dlogits = weights * (dweights - rows.delta[:, None])
+    return dlogits if logits.slope is None else dlogits * logits.slope
 
 
 def _dkv_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
@@ -167,8 +170,7 @@ def _dkv_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
             # One visit is one of a block's queries by one head of the group that shares these keys.
             block, member = lax.div(visit, meeting.groups), lax.rem(visit, meeting.groups)
             here = meeting.with_queries(refs, at, visits.block(block), member)
-            q_rows = meeting.load_rows(refs.q, here, meeting.head_size)
-            dout, lse, delta = meeting.load_cotangents(refs, here)
+            q_rows, dout, lse, delta = meeting.load_queries(refs, here)
             # Keys by rows: both products into the accumulators then take their operand as it stands.
             logits = meeting.logits(refs, q_rows, keys, here, masked, keys_first=True)
             weights = jnp.exp(logits.masked - lse[None, :])
@@ -192,12 +194,148 @@ def _dkv_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
     meeting.add_kv(into, result, dk * jnp.float32(meeting.scale), dv, at)
 
 
+# ---------------------------------------------------------------- gradients of biases
+
+
+def _dbias(meeting: "_Meeting", dbias: jax.Array) -> jax.Array:
+    """Adds to `dbias` what this meeting contributes; each element is summed by one program."""
+    batch, num_heads, q_length, kv_length = dbias.shape
+    refs = meeting.refs
+    (rows, length, heads, _), kv_shard = refs.q.shape, refs.kv.shape[2]
+    if q_length > 1 and kv_length > 1:
+        grid = (meeting.q_cut.num_blocks * meeting.kv_cut.num_blocks, num_heads, batch)
+        return meeting.launch("dbias", ft.partial(_dbias_block_program, meeting), grid, dbias)
+    # Of what is broadcast along queries or keys, only the sum along these is ever stored.
+    if kv_length > 1:
+        start = jnp.zeros((rows, kv_shard, heads), jnp.float32)
+        grid = (meeting.kv_cut.num_blocks, heads, rows)
+        more = meeting.launch("dbias", ft.partial(_dbias_columns_program, meeting), grid, start)
+        more = jnp.swapaxes(more, 1, 2)[:, :, None, :]
+    else:
+        start = jnp.zeros((rows, length, heads), jnp.float32)
+        program = ft.partial(_dbias_rows_program, meeting, lambda refs, at: [jnp.float32(1)])
+        (more,) = meeting.launch("dbias", program, meeting.q_grid, (start,))
+        more = jnp.swapaxes(more, 1, 2)[:, :, :, None]
+    summed = tuple(axis for axis in range(4) if dbias.shape[axis] == 1)
+    more = more.sum(axis=summed, keepdims=True)
+    starts = 0, 0, meeting.tile.q_start, meeting.tile.kv_start
+    at = tuple(jnp.int32(0 if axis in summed else x) for axis, x in enumerate(starts))
+    dbias, more, at = vary_alike(dbias, more, at)
+    return lax.dynamic_update_slice(dbias, lax.dynamic_slice(dbias, at, more.shape) + more, at)
+
+
+def _dbias_block_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
+    """A block of queries by a block of keys, over the heads and rows of the batch that share the bias."""
+    block, head, batch = ids
+    num_blocks = jnp.int32(meeting.kv_cut.num_blocks)
+    blocks = lax.div(block, num_blocks), lax.rem(block, num_blocks)
+    batches = 1 if into.shape[0] > 1 else refs.q.shape[0]
+    heads = 1 if into.shape[1] > 1 else refs.q.shape[2]
+
+    def of_row(batch, state):
+        total, visited = state
+        at, verdict = meeting.pair(refs, batch, head, blocks)
+
+        def fold(masked: bool):
+            def body(member, total):
+                here = meeting.with_head(at, head + member)
+                keys, values = meeting.load_kv(refs.kv, here)
+                rows = meeting.load_queries(refs, here, as_is=True)
+                dlogits = _dlogits(meeting, refs, rows, keys, values, here, masked)
+                return total + jnp.where(rows.lse[:, None] == jnp.inf, jnp.zeros_like(dlogits), dlogits)
+
+            return body
+
+        once = _Visits(None, (), (verdict == PARTIAL).astype(jnp.int32), (verdict != EMPTY).astype(jnp.int32))
+        return once.fold_all(fold, total, times=heads), jnp.maximum(visited, once.total)
+
+    state = jnp.zeros((meeting.q_cut.size, meeting.kv_cut.size), jnp.float32), jnp.int32(0)
+    if batches == 1:
+        state = of_row(batch, state)
+    else:
+        state = lax.fori_loop(jnp.int32(0), jnp.int32(batches), of_row, state)
+    total, visited = state
+    at, _ = meeting.pair(refs, batch, head, blocks)
+    meeting.add_operand(into, result, refs, total, at, visited > jnp.int32(0))
+
+
+def _dbias_rows_program(meeting: "_Meeting", factors: Callable, ids, into, refs: "_Refs", result) -> None:
+    """The sums along the keys, for a block of queries: one with each of `factors(refs, at)`."""
+    del into
+    at, visits = meeting.row(refs, ids)
+    rows = meeting.load_queries(refs, at)
+
+    def fold(masked: bool):
+        def body(visit, totals):
+            here = meeting.with_keys(refs, at, visits.block(visit))
+            keys, values = meeting.load_kv(refs.kv, here)
+            dlogits = _dlogits(meeting, refs, rows, keys, values, here, masked)
+            each = zip(totals, factors(refs, here), strict=True)
+            return tuple(total + (dlogits * factor).sum(axis=1) for total, factor in each)
+
+        return body
+
+    zeros = jnp.zeros((meeting.q_cut.size,), jnp.float32)
+    for ref, total in zip(result, visits.fold_all(fold, (zeros,) * len(result)), strict=True):
+        meeting.store_statistic(ref, total, at)
+
+
+def _dbias_columns_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
+    """The sums along the queries, for a block of keys and one head of those that share them."""
+    del into
+    block, head, batch = ids
+    kv_head = lax.div(head, meeting.groups)
+    at, visits = meeting.column(refs, (block, kv_head, batch))
+    member = lax.rem(head, meeting.groups)
+    keys, values = meeting.load_kv(refs.kv, at)
+
+    def fold(masked: bool):
+        def body(visit, total):
+            here = meeting.with_queries(refs, at, visits.block(visit), member)
+            rows = meeting.load_queries(refs, here)
+            return total + _dlogits(meeting, refs, rows, keys, values, here, masked).sum(axis=0)
+
+        return body
+
+    total = visits.fold_all(fold, jnp.zeros((meeting.kv_cut.size,), jnp.float32))
+    index = batch, _span(at.kv.start, meeting.kv_cut.size), head
+    _store(result, index, total, meeting.inside_keys(at))
+
+
+def _dbias_parameters(meeting: "_Meeting", before):
+    """Adds to `before` the gradient of what a bias function has for parameters."""
+    split = meeting.splits[False]
+    if not split.differentiable:
+        return before
+    parameters, heads = meeting.tile.operands.bias_parameters, meeting.heads
+    start = jnp.zeros(meeting.refs.q.shape[:3], jnp.float32)
+    program = ft.partial(_dbias_rows_program, meeting, meeting.slopes)
+    rows = meeting.launch("dbias", program, meeting.q_grid, (start,) * len(split.differentiable))
+    sums = tuple(x.sum(axis=(0, 1)) for x in rows)
+
+    def pull(parameters, heads, sums):
+        def numbers(parameters):
+            found = split.of_heads(parameters, heads)
+            return tuple(found[place] for place in split.differentiable)
+
+        (more,) = jax.vjp(numbers, parameters)[1](sums)
+        return more
+
+    more = alone(pull, meeting.tile.device.platform, parameters, heads, sums)
+    return jax.tree.map(jnp.add, *vary_alike(before, more))
+
+
+# ---------------------------------------------------------------- what programs share
+
+
 class _Refs(NamedTuple):
     """What every program can read.
 
     Attributes:
         numbers: int32 scalars, see `_Meeting`: where the shards stand, and the seed of dropout.
         mask: the caller's, `#B #N #T #S_all`.
+        bias: likewise.
+        head_numbers: of the bias function, `N` each; for blocks of queries by keys, and of keys by queries.
         lse: and all that follows, None in the forward pass.
     """
 
@@ -206,6 +344,8 @@ class _Refs(NamedTuple):
     tables: Tables
     numbers: Any
     mask: Any
+    bias: Any
+    head_numbers: dict[bool, tuple[Any, ...]]
     lse: Any
     delta: Any
     dout: Any
@@ -233,7 +373,7 @@ class _Visits(NamedTuple):
     """The blocks that a program visits: its own row of `Visits`."""
 
     blocks: Any
-    row: tuple[jax.Array, jax.Array]
+    row: tuple[jax.Array, ...]
     partial: jax.Array
     total: jax.Array
 
@@ -247,6 +387,15 @@ class _Visits(NamedTuple):
         return lax.fori_loop(partial, total, fold(False), state)
 
 
+class _Queries(NamedTuple):
+    """A block of queries in the backward pass; an lse of inf where there was no key."""
+
+    q: jax.Array
+    dout: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
 class _Logits(NamedTuple):
     """Logits of a block; `slope` is what the soft cap multiplies their gradient by, or None."""
 
@@ -254,22 +403,46 @@ class _Logits(NamedTuple):
     slope: jax.Array | None
 
 
+def _meetings(q: jax.Array, kv: jax.Array, tile: Tile, *cotangents: jax.Array) -> Callable[[PassName], Any]:
+    """For each pass the meeting of two shards, in its blocks; one for all passes that cut alike."""
+    value_size = kv.shape[-1] - q.shape[-1]
+    how = launch_of(tile.device, q.dtype, (q.shape[-1], value_size))
+
+    @ft.cache
+    def cut(block_sizes: BlockSizes) -> _Meeting:
+        return _Meeting(q, kv, dataclasses.replace(tile, block_sizes=block_sizes), how, *cotangents)
+
+    return lambda name: cut(how.of_pass(name, tile.block_sizes, rich=_is_rich(tile))[0])
+
+
+def _is_rich(tile: Tile) -> bool:
+    """Whether logits are more than scaled and masked by position."""
+    operands = tile.operands
+    more = tile.rule.soft_cap, tile.rule.bias_fn, operands.bias, operands.mask, operands.seed
+    return any(x is not None for x in more)
+
+
 class _Meeting:
     """Two shards, cut into blocks: what is known before tracing, and the arrays that programs read."""
 
-    def __init__(self, q: jax.Array, kv: jax.Array, tile: Tile, lse=None, delta=None, dout=None):
+    def __init__(self, q: jax.Array, kv: jax.Array, tile: Tile, how: Launch, lse=None, delta=None, dout=None):
         batch, q_length, num_heads, self.head_size = q.shape
         _, num_kv_heads, kv_length, fused = kv.shape
         self.value_size = fused - self.head_size
         self.groups = num_heads // num_kv_heads
         self.tile, self.rule, self.scale = tile, tile.rule, float(tile.rule.scale)
-        self.how = launch_of(tile.device, q.dtype, (self.head_size, self.value_size))
+        self.how = how
         self.q_cut = Cut.of(q_length, tile.block_sizes.q, tile.q_runs)
         self.kv_cut = Cut.of(kv_length, tile.block_sizes.kv, tile.kv_runs)
         self.q_grid = (self.q_cut.num_blocks, num_heads, batch)
         self.kv_grid = (self.kv_cut.num_blocks, num_kv_heads, batch)
         tables = Tables.of(tile, self.q_cut, self.kv_cut)
-        self.refs = _Refs(q, kv, tables, self._numbers(), tile.operands.mask, lse, delta, dout)
+        self.heads = jnp.asarray(tile.head_start, jnp.int32) + lax.iota(jnp.int32, num_heads)
+        self.splits = self._splits(backward=lse is not None)
+        self.refs = _Refs(
+            q, kv, tables, self._numbers(), tile.operands.mask, tile.operands.bias, self._head_numbers(),
+            lse, delta, dout,
+        )  # fmt: skip
 
     def _numbers(self) -> jax.Array:
         """Where the shards stand: queries, keys, batch and heads; then the three words of the seed."""
@@ -280,15 +453,36 @@ class _Meeting:
             numbers += list(lax.bitcast_convert_type(tile.operands.seed, jnp.int32))
         return jnp.stack(vary_alike(*numbers))
 
+    def _splits(self, *, backward: bool) -> dict[bool, HeadNumbers]:
+        """The bias function for blocks of queries by keys, and going back of keys by queries too."""
+        if self.rule.bias_fn is None:
+            return {}
+        q, kv = (self.q_cut.size, 1), (1, self.kv_cut.size)
+        shapes = {False: (q, kv), True: (q[::-1], kv[::-1])}
+        parameters = self.tile.operands.bias_parameters
+        splits = {
+            keys_first: HeadNumbers.of(self.rule.bias_fn, parameters, *shapes[keys_first])
+            for keys_first in ((False, True) if backward else (False,))
+        }
+        assert None not in splits.values(), "supports() asks for that"
+        return {keys_first: split for keys_first, split in splits.items() if split is not None}
+
+    def _head_numbers(self) -> dict[bool, tuple[jax.Array, ...]]:
+        parameters, platform = self.tile.operands.bias_parameters, self.tile.device.platform
+        return {
+            keys_first: alone(split.of_heads, platform, parameters, self.heads) if split.numbers else ()
+            for keys_first, split in self.splits.items()
+        }
+
     @property
     def may_be_infinite(self) -> bool:
         """Whether a logit may be -inf where the mask has no say: biases may be."""
-        return self.rule.bias_fn is not None
+        return self.tile.operands.bias is not None or self.rule.bias_fn is not None
 
     def launch(self, name: PassName, program: Callable, grid: tuple[int, ...], into):
         """Runs `program(ids, into, refs, result)` over a grid; the result takes the place of `into`."""
         into, refs = vary_alike(into, self.refs)
-        how: Pass = getattr(self.how, name)
+        _, how = self.how.of_pass(name, self.tile.block_sizes, rich=_is_rich(self.tile))
         interpret = self.tile.device.platform == "cpu"
         return _launch(program, grid, into, refs, name=f"ringjax_{name}", how=how, interpret=interpret)
 
@@ -307,6 +501,18 @@ class _Meeting:
         kv = self._block(refs.tables.kv, self.kv_cut, batch, block)
         at = _At(batch, kv_head * jnp.int32(self.groups), kv_head, kv=kv)
         return at, self._visits(refs.tables.columns, batch, block)
+
+    def pair(self, refs: _Refs, batch: jax.Array, head: jax.Array, blocks) -> tuple[_At, jax.Array]:
+        """A block of queries and one of keys, and the verdict on them."""
+        q = self._block(refs.tables.q, self.q_cut, batch, blocks[0])
+        kv = self._block(refs.tables.kv, self.kv_cut, batch, blocks[1])
+        verdict = refs.tables.verdict
+        at = self.with_head(_At(batch, head, head, q, kv), head)
+        return at, verdict[(_of(verdict, 0, batch), *blocks)]
+
+    def with_head(self, at: _At, head: jax.Array) -> _At:
+        """The same blocks of another query head."""
+        return at._replace(head=head, kv_head=lax.div(head, self.groups))
 
     def with_keys(self, refs: _Refs, at: _At, block: jax.Array) -> _At:
         """A row's meeting with a block of keys."""
@@ -331,8 +537,11 @@ class _Meeting:
         """Scale, then bias, then soft cap, then mask; queries by keys, or keys by queries."""
         first, second = (keys, q) if keys_first else (q, keys)
         logits, slope = _dot(first, second, transposed=True) * jnp.float32(self.scale), None
-        if self.rule.bias_fn is not None:
-            logits += self._bias_fn(refs, at, keys_first)
+        if refs.bias is not None:
+            logits += self._operand(refs.bias, refs, at, keys_first).astype(jnp.float32)
+        if self.splits:
+            bias = self.splits[keys_first].bias(*self._bias_arguments(refs, at, keys_first))
+            logits += bias
         if (cap := self.rule.soft_cap) is not None:
             bent = jnp.tanh(logits / jnp.float32(cap))
             logits, slope = jnp.float32(cap) * bent, jnp.float32(1) - bent * bent
@@ -354,17 +563,17 @@ class _Meeting:
         q = jax.tree.map(lambda x: _along(x, int(keys_first)), at.q.tokens)
         return q, jax.tree.map(lambda x: _along(x, int(not keys_first)), at.kv.tokens)
 
-    def _bias_fn(self, refs: _Refs, at: _At, keys_first: bool) -> jax.Array:
+    def _bias_arguments(self, refs: _Refs, at: _At, keys_first: bool) -> tuple:
+        """What a split bias function takes: the numbers of the head, which it is, and positions."""
+        numbers = tuple(table[at.head] for table in refs.head_numbers[keys_first])
         place = self._place(refs, at, keys_first)
-        head = jnp.broadcast_to(place.head, (1, 1))
         # Padding, at -1, may be where the function has no finite value.
-        q_position, kv_position = (
-            jnp.maximum(x, jnp.zeros_like(x)) for x in (place.q_position, place.kv_position)
-        )
-        assert self.rule.bias_fn is not None
-        bias = self.rule.bias_fn(self.tile.operands.bias_parameters, head, q_position, kv_position)
-        shape = jnp.broadcast_shapes(q_position.shape, kv_position.shape)
-        return jnp.broadcast_to(bias, shape).astype(jnp.float32)
+        positions = (jnp.maximum(x, jnp.zeros_like(x)) for x in (place.q_position, place.kv_position))
+        return numbers, jnp.broadcast_to(place.head, (1, 1)), *positions
+
+    def slopes(self, refs: _Refs, at: _At) -> list[jax.Array]:
+        """What the bias of a block changes by with each differentiable number of its head."""
+        return self.splits[False].slopes(*self._bias_arguments(refs, at, False))
 
     def dropout(self, refs: _Refs, at: _At, *, keys_first: bool = False) -> jax.Array | None:
         """What dropout multiplies the weights by."""
@@ -384,16 +593,27 @@ class _Meeting:
         return Place(batch, head, q.positions, kv.positions, q.segments)
 
     def _operand(self, ref, refs: _Refs, at: _At, keys_first: bool) -> jax.Array:
-        """The block of a mask, broadcast."""
+        """The block of a mask or bias, broadcast."""
+        return _load(ref, *self._operand_index(ref, refs, at, keys_first))
+
+    def _operand_index(self, ref, refs: _Refs, at: _At, keys_first: bool, *, owned: bool = False):
+        """Which elements of a mask or bias a block is, and which of those are inside, as of `_inside`."""
         sides = (self.q_cut, at.q, int(keys_first)), (self.kv_cut, at.kv, int(not keys_first))
         indices = [_along(self._index(cut, block), axis) for cut, block, axis in sides]
         shape = jnp.broadcast_shapes(*(index.shape for index in indices))
         inside = None
-        for (cut, _, _), index in zip(sides, indices, strict=True):
-            inside = _both(inside, index < jnp.int32(cut.length) if cut.is_short else None, shape)
+        for cut, block, axis in sides:
+            some = self._inside(cut, block, owned=owned)
+            inside = _both(inside, None if some is None else _along(some, axis), shape)
         rows, columns = (index + refs.numbers[i] for i, index in enumerate(indices))
         whole = [jnp.broadcast_to(x, shape) for x in (at.batch, at.head, rows, columns)]
-        return _load(ref, tuple(_of(ref, axis, x) for axis, x in enumerate(whole)), inside)
+        return tuple(_of(ref, axis, x) for axis, x in enumerate(whole)), inside
+
+    def add_operand(self, into, result, refs: _Refs, more: jax.Array, at: _At, visited: jax.Array) -> None:
+        """Stores the sum of what there was and the gradient of a block of a bias, where one was visited."""
+        index, inside = self._operand_index(into, refs, at, False, owned=True)
+        inside = _both(inside, visited, more.shape)
+        _store(result, index, _load(into, index, inside) + more, inside)
 
     # ------------------------------------------------------------ reading and writing blocks
 
@@ -407,14 +627,21 @@ class _Meeting:
         index = (at.batch, _span(at.q.start, self.q_cut.size), at.head)
         return _load(ref, index, self._inside(self.q_cut, at.q))
 
-    def load_cotangents(self, refs: _Refs, at: _At) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`dout`, `lse` and `delta` of a block of queries; nothing flows through rows that met no key."""
+    def load_queries(self, refs: _Refs, at: _At, *, as_is: bool = False) -> "_Queries":
+        """What the backward pass needs of a block of queries; nothing flows through rows that met no key.
+
+        `as_is` leaves `dout` where it lies, for a matrix product to take it from there; what comes of such
+        rows is then the caller's to take out.
+        """
+        q = self.load_rows(refs.q, at, self.head_size)
         lse, delta = (self.load_statistic(ref, at) for ref in (refs.lse, refs.delta))
         dout = self.load_rows(refs.dout, at, self.value_size)
         # exp(logit - inf) is 0.
         lse = jnp.where(lse == -jnp.inf, -lse, lse)
+        if as_is:
+            return _Queries(q, dout, lse, delta)
         # A cotangent there may be NaN, as that of a norm is at zero; 0 * NaN would spread it.
-        return jnp.where(lse[:, None] == jnp.inf, jnp.zeros_like(dout), dout), lse, delta
+        return _Queries(q, jnp.where(lse[:, None] == jnp.inf, jnp.zeros_like(dout), dout), lse, delta)
 
     def load_kv(self, ref, at: _At) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a block, `block padded` each."""
@@ -444,6 +671,10 @@ class _Meeting:
         """Undoes `load_statistic`, likewise."""
         index = (at.batch, _span(at.q.start, self.q_cut.size), at.head)
         _store(ref, index, rows, self._inside(self.q_cut, at.q, owned=True))
+
+    def inside_keys(self, at: _At) -> jax.Array | None:
+        """Which keys of a block belong to it."""
+        return self._inside(self.kv_cut, at.kv, owned=True)
 
     def _index(self, cut: Cut, block: _Block) -> jax.Array:
         """Which tokens of the shard a block holds."""
@@ -518,22 +749,8 @@ def _launch(program, grid, into, refs, *, name: str, how: Pass, interpret: bool)
             name=name,
         )(into, refs)
 
-    result = _interpreted(call, into, refs) if interpret else call(into, refs)
+    result = alone(call, "cpu", into, refs) if interpret else call(into, refs)
     return jax.tree.unflatten(form, result)
-
-
-def _interpreted(call, into, refs):
-    """`call(into, refs)`, lowered by itself inside a `shard_map`.
-
-    Pallas' interpreter mixes values that vary over a mesh with such that do not, which is refused where
-    `shard_map` looks for that.
-    """
-    like = jax.tree.leaves(into)[0]
-    if not jax.typeof(like).manual_axis_type.varying:
-        return call(into, refs)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (into, refs))
-    result = export.export(jax.jit(call), platforms=["cpu"])(*shapes).call(into, refs)
-    return [vary_alike(x, like)[0] for x in result]
 
 
 def _load(ref, index: tuple, inside: jax.Array | None) -> jax.Array:

@@ -52,16 +52,28 @@ forward, backward = jax.jit(blockwise.forward), jax.jit(blockwise.backward)
 
 
 def run(rng, q, k, v, tile):
-    """Forward into nothing, and the backward pass of random cotangents of out and lse."""
+    """Forward into nothing, and the backward pass of random cotangents of out and lse.
+
+    The gradients are dq, dk, dv, and as much of dbias and of the parameters' as the tile has operands for; dq
+    and dbias came on top of something.
+    """
     partial = forward(q, fused(k, v), tile, nothing(q, v))
     dout = jnp.asarray(rng.standard_normal(partial.out.shape), q.dtype)
     dlse = jnp.asarray(rng.standard_normal(partial.lse.shape), partial.lse.dtype)
     delta = (dout.astype(partial.out.dtype) * partial.out).sum(axis=-1) - dlse
     zeros = jnp.zeros_like(fused(k, v), partial.out.dtype)
-    start = Gradients(jnp.asarray(rng.standard_normal(q.shape), partial.out.dtype), zeros)
+    above = lambda x: jnp.asarray(rng.standard_normal(x.shape), partial.out.dtype)
+    bias, parameters = tile.operands.bias, tile.operands.bias_parameters
+    nothing_yet = jax.tree.map(lambda x: jnp.zeros(x.shape, partial.out.dtype), parameters)
+    start = Gradients(above(q), zeros, None if bias is None else above(bias), nothing_yet)
     gradients = backward(q, fused(k, v), partial.lse, delta, dout, tile, start)
     dk, dv = jnp.split(jnp.swapaxes(gradients.dkv, 1, 2), [k.shape[-1]], axis=-1)
-    return partial, (gradients.dq - start.dq, dk, dv), (dout, dlse)
+    found = [gradients.dq - start.dq, dk, dv]
+    if bias is not None:
+        found.append(gradients.dbias - start.dbias)
+    if parameters is not None:
+        found.append(gradients.dbias_parameters)
+    return partial, tuple(found), (dout, dlse)
 
 
 def check(rng, q, k, v, tile, mask, dtype="float32", lse_error=0.0):
@@ -272,7 +284,7 @@ def test_what_is_not_visited_is_not_touched(rng, kind) -> None:
         helpers.assert_close(got, value, "float32", "grad")
 
 
-def test_operands_are_read_and_gradients_added_at_their_place(rng) -> None:
+def test_operands_and_their_gradients_have_a_place(rng) -> None:
     """A shard of 24 keys that are the last of 40: bias and mask hold them all, and so does dbias."""
     T, S, first = 21, 24, 16
     q, k, v = helpers.random_qkv(rng, T=T, S=S, K=2)

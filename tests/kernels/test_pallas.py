@@ -20,6 +20,7 @@ from cases import SPECS, Case, check, first_keys, scattered
 from test_blockwise import (
     test_folding_into_a_partial_is_merging as test_folding_into_a_partial_is_merging,
     test_logits_of_ten_thousand as test_logits_of_ten_thousand,
+    test_operands_and_their_gradients_have_a_place as test_operands_and_their_gradients_have_a_place,
     test_ragged_lengths_match_the_oracle as test_ragged_lengths_match_the_oracle,
     test_repeats_to_the_bit as test_repeats_to_the_bit,
     test_rows_without_keys_change_no_gradient as test_rows_without_keys_change_no_gradient,
@@ -75,7 +76,9 @@ class Meeting:
     dropout: float = 0.0
     broadcast: bool = False
     array: str | None = None  # a mask array; the axes of BNTS that are not 1
-    bias: bool = False  # a function without parameters
+    bias: str | None = None  # a bias array, likewise
+    bias_dtype: str = "float32"
+    bias_fn: str | None = None  # parity has no parameters; alibi; kerple, learned
     logits: float = 1.0
 
     def __str__(self) -> str:
@@ -83,10 +86,23 @@ class Meeting:
         return ",".join(f"{name}={getattr(self, name)}" for name in changed) or "plain"
 
 
+def learned(parameters, head, i, j):
+    """Kerple's logarithmic kernel: two numbers for each head, positive by a function with its own rule."""
+    amount, steepness = (jax.nn.softplus(parameters[name][head]) for name in ("amount", "steepness"))
+    distance = jnp.abs(i - j).astype(amount.dtype)
+    return -amount * jnp.log1p(steepness * distance)
+
+
 def by_parity(parameters, head, i, j):
     del parameters
     return jnp.where((i + j + head) % 2 == 0, 0.5, -0.25) - 0.01 * jnp.abs(i - j).astype(jnp.float32)
 
+
+BIASES: dict[str, tuple[Any, Any]] = {
+    "parity": (by_parity, None),
+    "alibi": (alibi(12).fn, alibi(12).parameters),
+    "kerple": (learned, {name: np.linspace(-1, 1, 12, dtype=np.float32) for name in ("amount", "steepness")}),
+}
 
 MEETINGS = [
     Meeting(),
@@ -108,7 +124,16 @@ MEETINGS = [
     Meeting(array="BNTS", B=2, mask=None),
     Meeting(array="TS", dropout=0.2, T=9, S=9),
     Meeting(array="NS", N=4, K=2, runs=2),
-    Meeting(bias=True, N=4, K=2, soft_cap=3.0),
+    Meeting(bias_fn="parity", N=4, K=2, soft_cap=3.0),
+    Meeting(bias="BNTS", B=2, N=4, K=2, soft_cap=3.0),
+    Meeting(bias="TS", B=2, N=4, K=2, segments=True, array="S"),
+    Meeting(bias="NTS", B=2, dropout=0.3, T=64, S=96, runs=2, bias_dtype="bfloat16"),
+    Meeting(bias="BTS", B=2, T=5, S=9),
+    Meeting(bias="NS", B=2, N=4, K=2),
+    Meeting(bias="BT", B=2, T=21, S=24, mask="window"),
+    Meeting(bias="", B=2, soft_cap=1.0),
+    Meeting(bias_fn="alibi", B=2, N=4, K=2),
+    Meeting(bias_fn="kerple", B=2, N=4, K=2, segments=True, soft_cap=4.0),
 ]
 
 
@@ -151,10 +176,20 @@ def draw(rng, meeting: Meeting, dtype: str):
             None if segments[0] is None else as_words(segments[0])[:, None, :, None],
         )  # fmt: skip
         oracle |= {"rate": m.dropout, "keep": np.asarray(dropout.keep(seed, m.dropout, place))}
-    if m.bias:
-        rule["bias_fn"] = by_parity
+    if m.bias is not None:
+        whole = zip("BNTS", (m.B, m.N, m.T, 3 + m.S), strict=True)
+        bias = rng.standard_normal([size if axis in m.bias else 1 for axis, size in whole])
+        operands = operands._replace(bias=jnp.asarray(bias, m.bias_dtype))
+        oracle["bias"] = operands.bias[..., 3:] if "S" in m.bias else operands.bias
+    if m.bias_fn:
+        # A model of 12 heads, of which these begin with the eighth.
+        fn, parameters = BIASES[m.bias_fn]
+        rule["bias_fn"] = fn
+        operands = operands._replace(bias_parameters=jax.tree.map(jnp.asarray, parameters))
         head = 7 + np.arange(m.N, dtype=np.int32)[None, :, None, None]
-        oracle["bias"] = by_parity((), head, i[:, None, :, None], j[:, None, None, :])
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
+            oracle["bias"] = np.asarray(fn(wide, head, i[:, None, :, None], j[:, None, None, :]))
     tile = contract.tile_of(
         i, j, spec, m.blocks, segments, operands=operands, rule=rule, kv_start=jnp.int32(3),
         batch_start=jnp.int32(5), head_start=jnp.int32(7), scale=m.H**-0.5, q_runs=m.runs, kv_runs=m.runs,
@@ -187,7 +222,27 @@ def test_every_feature_matches_the_oracle(rng, meeting, dtype) -> None:
     wanted = helpers.oracle_grads(q, k, v, *cotangents, **oracle)
     for name, got, value in zip(("dq", "dk", "dv"), grads, wanted, strict=False):
         assert error(got, value) <= limit, name
-    assert {x.dtype for x in (*partial, *grads)} == {jnp.dtype("float32")}
+    if meeting.bias is not None:
+        before, here = np.split(np.asarray(grads[3]), [3 if "S" in meeting.bias else 0], axis=3)
+        assert np.abs(before).max(initial=0.0) == 0
+        assert error(here, wanted[3]) <= limit
+    if tile.operands.bias_parameters is not None:
+        check_parameters(grads[3], wanted[3], tile, limit)
+    assert {x.dtype for x in jax.tree.leaves((partial, grads))} == {jnp.dtype("float32")}
+
+
+def check_parameters(grads, dbias, tile, limit) -> None:
+    """Against the gradient of a dense bias, pulled back through its definition in float64."""
+    with jax.enable_x64(True):
+        parameters = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tile.operands.bias_parameters)
+        head = 7 + jnp.arange(dbias.shape[1])[None, :, None, None]
+        i, j = tile.q.positions[:, None, :, None], tile.kv.positions[:, None, None, :]
+        dense = lambda parameters: jnp.broadcast_to(tile.rule.bias_fn(parameters, head, i, j), dbias.shape)
+        (wanted,) = jax.vjp(dense, parameters)[1](jnp.asarray(dbias))
+    for got, value in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        assert np.abs(value).max() > 0
+        # What an element of the sum is, at most: that of a slope is multiplied by a distance.
+        assert error(got, value) <= limit
 
 
 @SLOW
@@ -196,6 +251,29 @@ def test_float16_accumulates_in_float32(rng) -> None:
     tile = contract.tile_of(np.arange(24), np.arange(40), Full(), (16, 16))
     partial, grads = contract.check(rng, q, k, v, tile, None, "float16")
     assert {x.dtype for x in (*partial, *grads)} == {jnp.dtype("float32")}
+
+
+def test_rows_that_a_bias_of_minus_inf_empties(rng) -> None:
+    """An additive mask: no NaN, zeros, and an lse of -inf."""
+    q, k, v = helpers.random_qkv(rng, B=1, T=16, S=40, N=2, H=16, Hv=16)
+    bias = jnp.where(rng.random((1, 2, 16, 40)) < 0.5, 0.0, -jnp.inf).at[:, 0, 3:7].set(-jnp.inf)
+    tile = contract.tile_of(
+        np.arange(16), np.arange(40), Full(), (16, 16), operands=Operands(bias=bias), scale=0.25
+    )
+    partial, grads, cotangents = contract.run(rng, q, k, v, tile)
+    mask = np.isfinite(np.asarray(bias))
+    assert (np.asarray(partial.out)[:, 3:7, 0] == 0).all()
+    assert np.isneginf(np.asarray(partial.lse)[:, 3:7, 0]).all()
+    helpers.assert_close(partial.out, helpers.oracle(q, k, v, mask=mask)[0], "float32")
+    for got, wanted in zip(grads, helpers.oracle_grads(q, k, v, *cotangents, mask=mask), strict=False):
+        helpers.assert_close(got, wanted, "float32", "grad")
+    # Whatever cotangent such a row is given, nothing hears it.
+    dout = cotangents[0].at[:, 3:7, 0].set(jnp.nan)
+    zeros = Gradients(jnp.zeros_like(q), jnp.zeros_like(contract.fused(k, v)), jnp.zeros_like(bias))
+    delta = jnp.where(jnp.isnan(dout), 0.0, dout * partial.out).sum(axis=-1) - cotangents[1]
+    poisoned = backward(q, contract.fused(k, v), partial.lse, delta, dout, tile, zeros)
+    np.testing.assert_allclose(poisoned.dbias, grads[3], atol=1e-6)
+    np.testing.assert_allclose(poisoned.dq, grads[0], atol=1e-6)
 
 
 # ---------------------------------------------------------------- what is visited
@@ -219,6 +297,10 @@ def test_programs_visit_what_the_table_says_and_nothing_else(rng, name) -> None:
     cut = Cut.of(length, size)
     visited = np.asarray(verdict_table(tile, cut.blocks, cut.blocks))[0] != EMPTY
     assert 0 < visited.sum() < visited.size
+    behind = positions[:, None] - np.arange(30, 30 + length)
+    pairs = (behind >= 0) & (behind <= 20) if name == "window" else behind >= 0
+    least = pairs.reshape(6, size, 6, size).any(axis=(1, 3))
+    assert (visited == least).all()
     q, k, v = helpers.random_qkv(rng, B=1, T=length, S=length, N=1, H=16, Hv=16)
     owner = np.arange(length) // size
     # A column of v (and of dout) for each block, NaN in the rows of that block.
@@ -236,6 +318,15 @@ def test_programs_visit_what_the_table_says_and_nothing_else(rng, name) -> None:
         one = contract.fused(k, jnp.where((owner == block)[None, :, None, None], jnp.nan, v))
         dq = backward(q, one, lse, jnp.zeros_like(lse), v, tile, zeros).dq
         assert (in_blocks(dq).any(axis=(1, 2)) == visited[:, block]).all()
+    for shape in ((1, 1, length, length), (1, 1, length, 1), (1, 1, 1, length)):
+        biased = dataclasses.replace(tile, operands=Operands(bias=jnp.zeros(shape)), kv_start=0)
+        start = zeros._replace(dbias=jnp.zeros(shape))
+        all_nan = contract.fused(k, jnp.full_like(v, jnp.nan))
+        dbias = backward(q, all_nan, lse, jnp.zeros_like(lse), v, biased, start).dbias
+        blocks = [(n // size, size) if n > 1 else (1, 1) for n in shape[2:]]
+        found = np.isnan(np.asarray(dbias)).reshape(*blocks[0], *blocks[1])
+        summed = tuple(axis for axis in (0, 1) if shape[axis + 2] == 1)
+        assert (found.any(axis=(1, 3)) == visited.any(axis=summed, keepdims=True)).all()
 
 
 @pytest.mark.parametrize("runs", [2, pytest.param(1, marks=SLOW)])
@@ -286,12 +377,17 @@ def test_what_it_cannot_do_names_the_kernel_that_can() -> None:
     table = jnp.arange(8)
     tile = lambda mask=None, **kw: contract.tile_of([0], [0], mask, **kw)
     looked_up = MaskFn(lambda i, j: table[jnp.clip(i, 0, 7)] >= j)
-    bias = {"rule": {"bias_fn": alibi(1).fn}, "operands": Operands(bias_parameters=jnp.ones(1))}
+    by_distance = lambda table, head, i, j: table[head, jnp.clip(i - j, 0, 7)]
+    table_bias = {"rule": {"bias_fn": by_distance}, "operands": Operands(bias_parameters=jnp.ones((1, 8)))}
     for made, dtype, platform, reason in (
         (tile(), "float32", "tpu", "does not run on tpu"),
         (tile(), "float64", "cpu", "does not compute in float64"),
-        (tile(operands=Operands(bias=jnp.zeros((1, 1, 1, 1)))), "float32", "gpu", "does not add bias arrays"),
-        (tile(**bias), "float32", "gpu", "bias functions that have parameters"),
+        (
+            tile(**table_bias),
+            "float32",
+            "gpu",
+            "look into arrays by position, as the function of the bias does",
+        ),
         (tile(looked_up), "float32", "gpu", "as the function of the mask does"),
         (tile(Causal() & looked_up), "float32", "gpu", "as the function of the mask does"),
     ):
@@ -310,7 +406,7 @@ def test_auto_is_pallas_on_gpus_where_it_can() -> None:
     assert choose_kernel(rule, Operands(), jnp.bfloat16, Device()) == "blockwise"
     assert choose_kernel(rule, Operands(), jnp.float64, gpu) == "blockwise"
     bias = Operands(bias=jnp.zeros((1, 1, 1, 1)))
-    assert choose_kernel(rule, bias, jnp.bfloat16, gpu) == "blockwise"
+    assert choose_kernel(rule, bias, jnp.bfloat16, gpu) == "pallas"
 
 
 def test_auto_is_blockwise_where_pallas_is_not_to_be_had(monkeypatch) -> None:
