@@ -119,7 +119,7 @@ class _Bench:
 
         def run(size: int) -> float:
             x = self._ones(size, size, dtype=dtype)
-            return _seconds(product, x, x)
+            return seconds_of(product, x, x)
 
         size, taken = self._grow(run, 128)
         return 2 * size**3 / taken
@@ -140,15 +140,15 @@ class _Bench:
             return [self._ones(length, HEADS, HEAD_DIM, dtype=dtype) for length in (queries, keys, keys)]
 
         forward = jax.jit(attend)
-        longest, _ = self._grow(lambda tokens: _seconds(forward, *arrays(tokens, tokens)), 256)
+        longest, _ = self._grow(lambda tokens: seconds_of(forward, *arrays(tokens, tokens)), 256)
         # Few queries tell a key from a pair, few keys a row from a pair.
         shapes = [(few, longest) for few in FEW] + [(longest, few) for few in FEW] + [(longest, longest)]
         times = []
         for shape in shapes:
             given = arrays(*shape)
-            taken = _seconds(forward, *given, least=self.seconds)
+            taken = seconds_of(forward, *given, least=self.seconds)
             # A noisy clock may find the whole faster than its part.
-            backward = max(_seconds(both, *given, least=self.seconds) - taken, taken)
+            backward = max(seconds_of(both, *given, least=self.seconds) - taken, taken)
             times.append((taken, backward))
         forward_times, backward_times = zip(*times, strict=True)
         return (
@@ -198,7 +198,7 @@ class _Bench:
             return lax.fori_loop(0, count, lambda _, x: step(x), x)
 
         x = self._ones(length)
-        count, taken = self._grow(lambda count: _seconds(repeated, x, jnp.int32(count)), 8)
+        count, taken = self._grow(lambda count: seconds_of(repeated, x, jnp.int32(count)), 8)
         return taken / count
 
 
@@ -217,7 +217,7 @@ def _fitted(shapes: Sequence[tuple[int, int]], times: Sequence[float], flop: int
     return _Kernel(rate=float(flop / (least + more)), overhead=Overhead(row=float(row), key=float(key)))
 
 
-def _seconds(function: Callable, *arrays: jax.Array, least: float = 0.0) -> float:
+def seconds_of(function: Callable, *arrays: jax.Array, least: float = 0.0) -> float:
     """The least of a few samples, for what disturbs only adds; each is of as many runs as take `least`."""
     jax.block_until_ready(function(*arrays))  # compiles
     taken = []

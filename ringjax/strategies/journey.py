@@ -19,6 +19,9 @@ from .parcels import pack, unpack
 
 __all__ = ["add", "journey"]
 
+# By these names profiles tell apart what goes ahead of the work and what follows it.
+AHEAD, BEHIND = "ringjax.ahead", "ringjax.behind"
+
 Tree = Any
 Add = Callable[[Tree, Tree], Tree]
 
@@ -36,6 +39,7 @@ def journey(
     problem: Problem,
     legs: Sequence[Sequence[int]],
     add: Add | None = add,
+    last_anew: bool = False,
 ) -> tuple[Tree, Tree]:
     """Sends the shard of every rank to all that the legs name.
 
@@ -47,6 +51,8 @@ def journey(
         problem: whose ring it is.
         legs: as in `Schedule`.
         add: sums what the legs bring home; None where what is left is `()`, nothing.
+        last_anew: whether the last stop of a leg starts from nothing, and what arrives is added afterwards:
+            more room for once, but then the way home too has work to hide behind.
 
     Returns:
         What stayed, and the sum of what all ranks have left for this one.
@@ -56,7 +62,8 @@ def journey(
         # Nothing tells the own shard from the others, so it shares their loop.
         legs, shards, left, arrived = [(0, *legs[0])], [parcel], [()], []
     else:
-        shards = [problem.permute(parcel, leg[0]) for leg in legs]
+        with jax.named_scope(AHEAD):
+            shards = [problem.permute(parcel, leg[0]) for leg in legs]
         stay, own = visit(stay, home, 0, None)
         # What the rank leaves for itself goes along on the first leg, which takes no room of its own.
         left = [own, *[None] * (len(legs) - 1)][: len(legs)]
@@ -68,13 +75,14 @@ def journey(
     at = 0
     while legs:
         hops = [_hops(leg, at, add) for leg in legs]
-        step = ft.partial(_step, [leg[at] for leg in legs], hops, met, problem, add)
+        step = ft.partial(_step, [leg[at] for leg in legs], hops, met, problem, add if last_anew else None)
         count = 1 if any(x is None for x in left) else _alike(legs, at, add)
         stay, shards, left = _repeat(step, (stay, shards, left), count)
         at += count
         for leg, sum_ in zip(legs, left, strict=True):
             if at == len(leg):
-                arrived.append(problem.permute(sum_, -leg[-1]))
+                with jax.named_scope(BEHIND):
+                    arrived.append(problem.permute(sum_, -leg[-1]))
         going = [at < len(leg) for leg in legs]
         legs, shards, left = (
             [x for x, on in zip(xs, going, strict=True) if on] for xs in (legs, shards, left)
@@ -82,26 +90,27 @@ def journey(
     return stay, () if add is None else ft.reduce(add, arrived)
 
 
-def _step(offsets, hops, visit, problem: Problem, add: Add | None, carry, index):
+def _step(offsets, hops, visit, problem: Problem, add_last: Add | None, carry, index):
     """One hop of every leg; offsets are those of the first of a run of steps, `index` counts them."""
     stay, shards, left = carry
-    following = [
-        None if out is None else problem.permute(shard, out)
-        for shard, (_, out) in zip(shards, hops, strict=True)
-    ]
-    arriving = [
-        None if sum_ is None else problem.permute(sum_, into)
-        for sum_, (into, _) in zip(left, hops, strict=True)
-    ]
+    with jax.named_scope(AHEAD):
+        following = [
+            None if out is None else problem.permute(shard, out)
+            for shard, (_, out) in zip(shards, hops, strict=True)
+        ]
+    with jax.named_scope(BEHIND):
+        arriving = [
+            None if sum_ is None else problem.permute(sum_, into)
+            for sum_, (into, _) in zip(left, hops, strict=True)
+        ]
     sums = []
     for shard, sum_, offset, (_, out) in zip(shards, arriving, offsets, hops, strict=True):
-        if out is not None or sum_ is None or add is None:
-            stay, sum_ = visit(stay, shard, offset if out is None else offset + index * out, sum_)
-        else:
-            # The last stop starts anew: what it makes can then be computed while the rest arrives.
+        if out is None and sum_ is not None and add_last is not None:
             stay, more = visit(stay, shard, offset, None)
-            sum_ = add(sum_, more)
-        sums.append(sum_)
+            sums.append(add_last(sum_, more))
+        else:
+            stay, sum_ = visit(stay, shard, offset if out is None else offset + index * out, sum_)
+            sums.append(sum_)
     return stay, following, sums
 
 

@@ -1,6 +1,6 @@
 """Several arrays as one, so that sending them on is one permute.
 
-Each array would be a permute of its own, with its own latency; and XLA for GPUs runs one that it makes of many
+Each array would be a permute of its own, with its own latency; and one that XLA for GPUs makes of many runs
 synchronously, with nothing behind it.
 """
 
@@ -15,7 +15,7 @@ __all__ = ["pack", "unpack"]
 
 
 def pack(tree: Any) -> Any:
-    """All arrays of a tree in one row of unsigned integers, as wide as the narrowest dtype; one stays as it is."""
+    """All arrays of a tree in one row of unsigned integers, as wide as the narrowest dtype; one stays."""
     arrays = jax.tree.leaves(tree)
     if not _is_packed(arrays):
         return tree

@@ -48,7 +48,8 @@ def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, 
         return gradients._replace(dq=None), gradients.dq
 
     home = inputs.q, inputs.q_tokens, lse, delta, dout
-    stay, dq = journey(home, nothing._replace(dq=None), visit, problem=problem, legs=_legs(problem))
+    start = nothing._replace(dq=None)
+    stay, dq = journey(home, start, visit, problem=problem, legs=_legs(problem), last_anew=True)
     dkv, dconstants = problem.payload.pull(inputs.kv, inputs.constants, stay.dkv)
     return gradient(stay._replace(dq=dq), dkv, dconstants)
 

@@ -46,8 +46,9 @@ def test_an_attention_kernel_stands_inside_every_permute(name: str) -> None:
     target, devices, case = CASES[name]
     report = compiled(target, devices, **case)
     open_ = [c for c in report.collectives if not (c.asynchronous and KERNELS & c.covered_by.keys())]
-    # Only the results of queries that travelled come home with nothing left to compute.
-    assert len(open_) == (case.get("strategy") == "ring_q"), open_
+    # Results of queries that travelled come home with nothing left to compute; of the two ways of the keys'
+    # gradient at the last stop, one has a kernel to hide behind.
+    assert len(open_) == (case.get("strategy") == "ring_q" or "kv_heads" in case), open_
     assert {c.op for c in report.collectives} == {"collective-permute"}
     if not case:
         assert report.memory["temporaries"] <= 265e6
