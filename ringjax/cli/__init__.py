@@ -14,20 +14,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError:
         sys.exit("ringjax: the command needs more packages: pip install 'ringjax[llm]'")
-    from .aot import Aot
+    from .aot import Aot, AotConfig
     from .ask import Ask
     from .bench import Bench
+    from .doctor import Doctor
     from .plan import PlanCommand
+    from .trace import Trace
     from .train import Train
 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        # Options that are a file's keys: it has to be read first.
         if list(arguments[:1]) == ["train"]:
-            # Its options are a file's, so that has to be read first.
             command = Train.parse(arguments[1:])
+        elif list(arguments[:1]) == ["aot"] and "".join(arguments[1:2]).endswith(".toml"):
+            command = AotConfig.parse(arguments[1:])
         else:
             command = tyro.extras.subcommand_cli_from_dict(
-                {"aot": Aot, "ask": Ask, "bench": Bench, "plan": PlanCommand, "train": Train},
+                {
+                    "aot": Aot,
+                    "ask": Ask,
+                    "bench": Bench,
+                    "doctor": Doctor,
+                    "plan": PlanCommand,
+                    "trace": Trace,
+                    "train": Train,
+                },
                 prog="ringjax",
                 description="Exact attention over sequences that no single device can hold.",
                 args=arguments,

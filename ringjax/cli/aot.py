@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
-from typing import Any, Literal
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +15,26 @@ from rich.console import Console
 from ..attention import ring_attention
 from ..kernels.base import KernelName
 from ..layouts import Layout
+from ..models.checkpoints import CheckpointError
 from ..planning import aot, get_hardware
 from ..planning.workload import Dtype, Payload
 from ..ring import Ring
 from ..strategies import Strategy
+from ..training.config import TrainingConfig
+from ..training.toml import ConfigError
+from . import from_config
 from .errors import CommandError, user_errors
+from .train import EXAMPLE
 
-__all__ = ["Aot"]
+__all__ = ["Aot", "AotConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aot:
     """Compile for GPUs that are not here; nothing is run.
+
+    What is compiled is one call of attention, or, given a config in place of the word, its training step:
+    ringjax aot configs/llama3-8b-1m-8xh100.toml --help.
 
     Prints memory per device, each collective with its bytes and what is computed while it is under way, and
     of each kernel registers, spills and instructions. Of results and of speed it says nothing.
@@ -76,17 +86,11 @@ class Aot:
             )
         if self.window is not None and not self.causal:
             raise CommandError(f"--window {self.window} needs --causal.")
-        with contextlib.suppress(RuntimeError):  # the backend has started
-            jax.config.update("jax_platforms", "cpu")
+        _leave_devices_alone()
         with user_errors(ValueError, ImportError, NotImplementedError):
             devices = get_hardware(self.target).host_size if self.devices is None else self.devices
             compiled = self._compile(devices)
-        if self.json:
-            print(json.dumps(compiled.to_dict()))
-            return
-        console = Console()
-        for line in compiled.lines():
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _show(compiled, as_json=self.json)
 
     def _compile(self, devices: int) -> aot.Compiled:
         ring = Ring(layout=self.layout, strategy=self.strategy, kernel=self.kernel, payload=self.payload)
@@ -110,3 +114,48 @@ class Aot:
         fn, shapes = (attend_and_pull, (q, kv, kv, q)) if self.backward else (attend, (q, kv, kv))
         options = aot.OVERLAP if self.overlap else None
         return aot.compile_for(self.target, fn, *shapes, mesh=mesh, options=options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AotConfig:
+    """Compile the step of a config for the machine that it names, which need not be here; nothing is run.
+
+    Prints what each device's memory holds and whether that fits, each collective with what is computed while
+    it is under way, and the kernels. What the config says can be overridden, key by key:
+    ringjax aot configs/llama3-8b-1m-8xh100.toml --train.remat inputs.
+    """
+
+    config: tyro.conf.Positional[pathlib.Path]
+    """A TOML file, such as those in configs/, with target.hardware."""
+    settings: Annotated[TrainingConfig, tyro.conf.arg(name="")] = EXAMPLE
+    """What the file says."""
+    json: bool = False
+    """Print one JSON object instead of the report."""
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Self:
+        """The command of the arguments after `aot`; the file comes first and gives the defaults."""
+        return from_config.parse(cls, "aot", arguments)
+
+    def run(self) -> None:
+        """Compiles and prints."""
+        from ..training.ahead import compile_step
+
+        _leave_devices_alone()
+        with user_errors(ConfigError, CheckpointError, ValueError, ImportError, NotImplementedError):
+            report = compile_step(self.settings)
+        _show(report, as_json=self.json)
+
+
+def _leave_devices_alone() -> None:
+    with contextlib.suppress(RuntimeError):  # the backend has started
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _show(report: Any, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        return
+    console = Console()
+    for line in report.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

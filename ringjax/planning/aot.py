@@ -26,7 +26,16 @@ from .hardware import get_hardware
 from .hlo import Instruction, Program, num_bytes
 from .units import in_bytes
 
-__all__ = ["OVERLAP", "TARGETS", "Collective", "Compiled", "Kernel", "compile_for", "mesh_for"]
+__all__ = [
+    "OVERLAP",
+    "TARGETS",
+    "Collective",
+    "Compiled",
+    "Kernel",
+    "compile_for",
+    "compile_lowered",
+    "mesh_for",
+]
 
 # By the names of `planning.HARDWARE`: what the compiler calls the device, and how many a host has.
 TARGETS: dict[str, tuple[str, int]] = {
@@ -42,7 +51,12 @@ TARGETS: dict[str, tuple[str, int]] = {
 OVERLAP: Mapping[str, Any] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_enable_analytical_sol_latency_estimator": False,
+    # A shard and the gradient of another are under way at the same time, and that in both directions.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
 }
+
+# The sort of CUB, which XLA takes for long arrays, asks a device that is there how much room it needs.
+ABSENT: Mapping[str, Any] = {"xla_gpu_enable_cub_radix_sort": False}
 
 NEEDED = "compiling for absent GPUs needs more packages: pip install 'ringjax[aot]', on Python 3.12 or newer"
 COLLECTIVES = (
@@ -100,7 +114,9 @@ class Compiled:
         target: the hardware.
         devices: how many.
         seconds: what compiling took here.
-        memory: bytes of each device by what they are for; `total` is their sum, donated arguments once.
+        memory: bytes of each device: `arguments`, `temporaries`, `outputs`, those of them that are `aliased`
+            to donated arguments, and what these come to, `total`; beside it the `host`'s for each device,
+            where arrays are offloaded, and `code`.
         collectives: those of the program.
         kernels: ours, and those that multiply matrices.
         executable: the program, `jax.stages.Compiled`.
@@ -124,15 +140,18 @@ class Compiled:
 
     def lines(self) -> list[str]:
         """A report for people."""
-        memory = ", ".join(
+        parts = ", ".join(
             f"{name} {in_bytes(count)}" for name, count in self.memory.items() if name != "total"
         )
         return [
             f"compiled for {self.devices} × {self.target} in {self.seconds:.1f} s; nothing was run",
-            f"memory per device: {in_bytes(self.memory['total'])} ({memory})",
-            *(_collective_line(x) for x in self.collectives),
-            *(_kernel_line(x) for x in self.kernels),
+            f"memory per device: {in_bytes(self.memory['total'])} ({parts})",
+            *self.schedule_lines(),
         ]
+
+    def schedule_lines(self) -> list[str]:
+        """Of the report, what it says of collectives and kernels."""
+        return [*map(_collective_line, self.collectives), *map(_kernel_line, self.kernels)]
 
 
 def _collective_line(x: Collective) -> str:
@@ -187,17 +206,32 @@ def compile_for(
         >>> ringjax.aot.compile_for("h100-sxm", attend, x, x, x).lines()  # doctest: +SKIP
     """
     mesh = mesh_for(target, {"ring": devices}, hosts=hosts) if mesh is None else mesh
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):
         shapes = jax.tree.map(lambda x: _placed(x, mesh), shapes)
-        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         lowered = jax.jit(fn, donate_argnums=donate_argnums).lower(*shapes)
-        executable = lowered.compile(compiler_options=dump | dict(options or {}))
+    return compile_lowered(target, lowered, devices=mesh.size, options=options)
+
+
+def compile_lowered(
+    target: str, lowered: jax.stages.Lowered, *, devices: int, options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """Compiles what was lowered for a mesh of `mesh_for`.
+
+    Args:
+        target: what for, a name of `TARGETS`.
+        lowered: such as `step.lower(...)` of a jitted step.
+        devices: how many the mesh has.
+        options: as in `compile_for`.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        executable = lowered.compile(compiler_options={**own, **ABSENT, **(options or {})})
         seconds = time.perf_counter() - started
         program = Program.parse(executable.as_text() or "")
         return Compiled(
             target=target,
-            devices=mesh.size,
+            devices=devices,
             seconds=seconds,
             memory=_memory(executable.memory_analysis()),
             collectives=tuple(_collectives(program)),
@@ -275,13 +309,24 @@ def _placed(x: Any, mesh: Mesh) -> Any:
 
 
 def _memory(stats: Any) -> dict[str, int]:
+    # Its own peak counts what lies with the host.
     items = {
         "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+    }
+    host = (
+        stats.host_argument_size_in_bytes
+        + stats.host_temp_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+    )
+    return items | {
+        "total": sum(items.values()) - 2 * items["aliased"],
+        "host": host,
         "code": stats.generated_code_size_in_bytes,
     }
-    return items | {"total": sum(items.values())}
 
 
 # ---------------------------------------------------------------- the schedule

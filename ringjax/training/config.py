@@ -12,6 +12,7 @@ from .sections import (
     OptimizerOptions,
     RingOptions,
     RunOptions,
+    TargetOptions,
     TrainOptions,
 )
 from .toml import ConfigError, read_toml
@@ -31,6 +32,8 @@ class TrainingConfig:
     """The model."""
     mesh: MeshOptions = MeshOptions()
     """The devices."""
+    target: TargetOptions = TargetOptions()
+    """The machine."""
     ring: RingOptions = RingOptions()
     """How attention is distributed."""
     data: DataOptions
@@ -74,8 +77,8 @@ class TrainingConfig:
     def differences(self, other: "TrainingConfig") -> list[str]:
         """The keys that make it another run than `other`, as `key old → new`.
 
-        Another mesh, ring or folder, more steps, or another rhythm of measurements and checkpoints is the
-        same run.
+        Another mesh, machine, ring or folder, more steps, or another rhythm of measurements and checkpoints
+        is the same run.
         """
         found = []
         for section, keys in IDENTITY.items():

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from .. import layouts
 from ..attention import ring_attention_local
 from ..models.execution import Execution
+from ..nn.nnx import Attend
 from ..ring import Ring
 from ..strategies.base import vary_alike
 from .batch import Batch
@@ -18,7 +20,7 @@ from .options import StepOptions
 from .remat import with_remat
 from .sharding import gather
 
-__all__ = ["Evaluation", "Local"]
+__all__ = ["Evaluation", "Local", "Prefilled"]
 
 
 class Evaluation(NamedTuple):
@@ -31,6 +33,20 @@ class Evaluation(NamedTuple):
 
     losses: Float[Array, "ranges"]
     weights: Float[Array, "ranges"]
+
+
+class Prefilled(NamedTuple):
+    """What reading a prompt leaves.
+
+    Attributes:
+        logits: of the token that follows it, float32.
+        keys: of all layers, in layout order and the dtype of the computation; head-major, as in `KVCache`.
+        values: likewise.
+    """
+
+    logits: Float[Array, "B V"]
+    keys: Float[Array, "L B K T H"]
+    values: Float[Array, "L B K T H"]
 
 
 class Local(NamedTuple):
@@ -84,6 +100,36 @@ class Local(NamedTuple):
         sums = (jnp.where(in_range, x[None], 0.0).sum(-1) for x in (losses * weights, weights))
         return Evaluation(*(lax.psum(x, self.axes) for x in sums))
 
+    def prefill(self, shards: Any, tokens: Int[Array, "B T_local"]) -> Prefilled:
+        """Reads whole prompts; of a `Decoder`."""
+        model = self._model(shards)
+        size, rank = lax.axis_size(self.ring.axis_names), lax.axis_index(self.ring.axis_names)
+        local = tokens.shape[1]
+        positions = layouts.local_positions(self.ring.layout, rank, size, local, size * local)[None]
+        graph, layers = nnx.split(model.layers)
+
+        def step(x, layer):
+            kept = []
+
+            def attend(q, k, v):
+                kept.append((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
+                return ring_attention_local(q, k, v, is_causal=True, ring=self.ring)
+
+            execution = self._executing(attend)
+            x = nnx.merge(graph, execution.gather(layer)).execute(x, positions, execution)
+            return x, kept[0]
+
+        x = jnp.take(model.embed.embedding[...], tokens, axis=0)
+        x, (keys, values) = lax.scan(step, self._executing(lambda q, k, v: q).share(x), layers)
+        is_last = (positions == size * local - 1)[..., None]
+        logits = model.logits(model.norm(jnp.where(is_last, x, jnp.zeros_like(x)).sum(axis=1)))
+        # Of the devices that the last token's row is split over, one has what all are told.
+        mine = is_last.any()
+        if heads := self.ring.head_axes:
+            mine &= lax.axis_index(heads) == 0
+        logits = lax.psum(jnp.where(mine, logits, 0.0), (*self.ring.axis_names, *heads))
+        return Prefilled(logits, keys, values)
+
     def _micro_batches(self, batch: Batch) -> Batch:
         rows, accumulate = batch.tokens.shape[0], self.options.accumulate
         if rows % accumulate:
@@ -101,17 +147,19 @@ class Local(NamedTuple):
 
     def _hidden(self, shards: Any, batch: Batch) -> tuple[Any, Float[Array, "B T_local D"]]:
         """The model, whole but for its layers, and the stream that its head reads."""
+        model, execution = self._model(shards), self._execution(batch)
+        return model, model.hidden(batch.tokens, positions=batch.positions, execution=execution)
+
+    def _model(self, shards: Any) -> Any:
+        """The model, whole but for its layers."""
         layers = {name: shards[name] for name in ("layers",) if name in shards}
         others = {name: x for name, x in shards.items() if name not in layers}
         whole = gather(self.placements, self.options.dtype)(others)
         state = jax.tree.map(lambda x: x, self.state)
         nnx.replace_by_pure_dict(state, whole | layers)
-        model = nnx.merge(self.graph, state)
-        execution = self._execution(batch)
-        return model, model.hidden(batch.tokens, positions=batch.positions, execution=execution)
+        return nnx.merge(self.graph, state)
 
     def _execution(self, batch: Batch) -> Execution:
-        heads, options = self.ring.head_axes, self.options
         # Padding is a document of its own, wherever it stands.
         segment_ids = jnp.where(batch.positions < 0, -1, batch.segment_ids)
 
@@ -119,6 +167,11 @@ class Local(NamedTuple):
             # Within a document the places in the row are in the order of its positions, and tell more of a
             # block of several documents.
             return ring_attention_local(q, k, v, is_causal=True, segment_ids=segment_ids, ring=self.ring)
+
+        return self._executing(attend)
+
+    def _executing(self, attend: Attend) -> Execution:
+        heads, options = self.ring.head_axes, self.options
 
         def share(x):
             return lax.psum(jnp.where(lax.axis_index(heads) == 0, x, jnp.zeros_like(x)), heads)

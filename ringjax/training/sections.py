@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any, Literal
 
 from ..layouts import Layout
@@ -19,6 +20,7 @@ __all__ = [
     "OptimizerOptions",
     "RingOptions",
     "RunOptions",
+    "TargetOptions",
     "TrainOptions",
 ]
 
@@ -171,6 +173,29 @@ class DataOptions:
         _seed(self, "data")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"data.held_out is {self.held_out}; it takes a fraction from 0 to less than 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """The machine that the config is written for, and how XLA compiles for it."""
+
+    hardware: str | None = None
+    """Its devices, for `ringjax aot`, which needs none of them: a100-80gb-sxm, h100-sxm, h100-pcie, h200-sxm,
+    b200, gb200-nvl72."""
+    hosts: int | None = None
+    """Over how many hosts they are spread; by default as few as the hardware allows."""
+    program: Literal["train", "prefill"] = "train"
+    """What `ringjax aot` compiles: a step of training, or reading a prompt of data.sequence_length tokens,
+    parameters in train.dtype and keys and values of all layers kept."""
+    xla_flags: tuple[str, ...] = ()
+    """Options of XLA's compiler for GPUs, such as xla_gpu_enable_latency_hiding_scheduler=true; on other
+    devices they are not used."""
+
+    def __post_init__(self):
+        _at_least(self, "target", 1, "hosts")
+        for flag in self.xla_flags:
+            if not re.fullmatch(r"xla_\w+=\S+", flag):
+                raise ConfigError(f"target.xla_flags has {flag!r}; a flag is xla_NAME=VALUE.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from ..models import Decoder, DecoderConfig, load_parameters
-from ..models.checkpoints import open_checkpoint
+from ..models.checkpoints import Checkpoint, open_checkpoint
 from ..models.embedded import embedded_model_path
 from ..ring import Ring
 from .config import TrainingConfig
@@ -18,7 +18,7 @@ from .options import StepOptions
 from .packing import PackedRows
 from .sections import MeshOptions, ModelOptions
 
-__all__ = ["Setup", "make_mesh", "prepare"]
+__all__ = ["Setup", "decoder_of", "make_mesh", "prepare", "step_options"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +55,21 @@ class Setup:
     @property
     def options(self) -> StepOptions:
         """How a step computes."""
-        train = self.config.train
-        return StepOptions(
-            remat=train.remat,
-            loss_chunk=train.loss_chunk,
-            mlp_chunk=train.mlp_chunk,
-            accumulate=train.accumulate,
-            dtype=train.dtype,
-            clip_norm=self.config.optimizer.clip_norm,
-        )
+        return step_options(self.config)
+
+
+def step_options(config: TrainingConfig) -> StepOptions:
+    """How a step computes."""
+    train = config.train
+    return StepOptions(
+        remat=train.remat,
+        loss_chunk=train.loss_chunk,
+        mlp_chunk=train.mlp_chunk,
+        accumulate=train.accumulate,
+        dtype=train.dtype,
+        clip_norm=config.optimizer.clip_norm,
+        xla_flags=config.target.xla_flags,
+    )
 
 
 def make_mesh(options: MeshOptions) -> Mesh:
@@ -101,7 +107,7 @@ def prepare(config: TrainingConfig, mesh: Mesh, progress: Progress = lambda done
         NotImplementedError: a checkpoint with parts that the decoder lacks.
     """
     data = config.data
-    decoder, parameters = _model(config.model, data.sequence_length)
+    decoder, checkpoint = decoder_of(config.model, data.sequence_length)
     codec = open_codec(data.tokenizer, data.end_token)
     if codec.vocab_size > decoder.vocab_size:
         raise ValueError(
@@ -120,11 +126,18 @@ def prepare(config: TrainingConfig, mesh: Mesh, progress: Progress = lambda done
         training=PackedRows(corpus, training, data.sequence_length),
         held_out=PackedRows(corpus, held_out, data.sequence_length) if len(held_out) else None,
         decoder=decoder,
-        parameters=parameters,
+        parameters=None if checkpoint is None else load_parameters(checkpoint),
     )
 
 
-def _model(options: ModelOptions, length: int) -> tuple[DecoderConfig, Any]:
+def decoder_of(options: ModelOptions, length: int) -> tuple[DecoderConfig, Checkpoint | None]:
+    """The model's shape, for sequences of so many tokens, and the checkpoint that it comes from, opened.
+
+    Raises:
+        ValueError: the checkpoint was made for shorter sequences.
+        CheckpointError: the checkpoint cannot be read.
+        NotImplementedError: a checkpoint with parts that the decoder lacks.
+    """
     if options.checkpoint is None:
         return options.decoder_config(length), None
     path = embedded_model_path() if options.checkpoint == "embedded" else pathlib.Path(options.checkpoint)
@@ -139,4 +152,4 @@ def _model(options: ModelOptions, length: int) -> tuple[DecoderConfig, Any]:
             f"model.rope_theta from {decoder.rope_theta:g}."
         )
     context = max(length, decoder.max_position_embeddings)
-    return dataclasses.replace(decoder, max_position_embeddings=context), load_parameters(checkpoint)
+    return dataclasses.replace(decoder, max_position_embeddings=context), checkpoint

@@ -15,15 +15,15 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 
-from ..ring import Ring, place, resolve_mesh
+from ..ring import Ring, device_of, place, resolve_mesh
 from .batch import Batch
-from .local import Evaluation, Local
+from .local import Evaluation, Local, Prefilled
 from .options import StepOptions
 from .remat import check_remat
 from .sharding import RULES, Role, mesh_axes, place_parameters
 from .state import MakeModel, TrainState, abstract_model, abstract_state
 
-__all__ = ["Metrics", "make_eval_step", "make_train_step"]
+__all__ = ["Metrics", "make_eval_step", "make_prefill", "make_train_step"]
 
 
 class Metrics(NamedTuple):
@@ -117,7 +117,8 @@ def make_train_step(
         )
         return kept, Metrics(loss, norm, num_targets, skipped)
 
-    return jax.jit(train_step, donate_argnums=0)
+    compiler_options = options.compiler_options(device_of(mesh).platform)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def make_eval_step(
@@ -146,6 +147,38 @@ def make_eval_step(
     specs = jax.tree.map(lambda placement: placement.spec, local.placements)
     evaluate = ft.partial(local.evaluate, starts=tuple(starts))
     return jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=(specs, Batch.spec(ring)), out_specs=P()))
+
+
+def make_prefill(
+    make_model: MakeModel,
+    *,
+    ring: Ring,
+    mesh: Mesh | AbstractMesh | None = None,
+    options: StepOptions = StepOptions(),
+    rules: Mapping[str, tuple[Role, ...]] = RULES,
+) -> Callable[[Any, Any], Prefilled]:
+    """A jitted `prefill(parameters, tokens) -> Prefilled`: reads prompts `B T`, in layout order, not padded.
+
+    Args:
+        make_model: makes a `ringjax.models.Decoder`, as in `abstract_state`.
+        ring: how rows, sequence and heads are distributed.
+        mesh: the mesh; None means the ambient one.
+        options: `dtype`, that of the parameters too, `mlp_chunk` and `xla_flags`.
+        rules: how each parameter is split.
+    """
+    mesh = resolve_mesh(mesh)
+    local = _local(make_model, ring, mesh, options, rules)
+    specs = jax.tree.map(lambda placement: placement.spec, local.placements)
+    rows, sequence, heads, _ = ring.spec
+    cache: Any = P(None, rows, heads, sequence)
+    logits: Any = P(rows)
+    prefill = jax.shard_map(
+        local.prefill,
+        mesh=mesh,
+        in_specs=(specs, Batch.spec(ring)),
+        out_specs=Prefilled(logits, cache, cache),
+    )
+    return jax.jit(prefill, compiler_options=options.compiler_options(device_of(mesh).platform))
 
 
 def _local(

@@ -1,12 +1,18 @@
 """`ringjax aot`: what it refuses, and, where the compiler is, what it prints."""
 
 import json
+import pathlib
+import re
 
 import pytest
 
 from ringjax.cli import main
+from ringjax.cli.aot import AotConfig
+from ringjax.cli.errors import CommandError
 from ringjax.planning import aot
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+LLAMA = str(CONFIGS / "llama3-8b-1m-8xh100.toml")
 CALL = ["aot", "attention", "--tokens", "65536", "--heads", "8", "--kv-heads", "2", "--head-dim", "64"]
 waits = pytest.mark.skipif(
     aot._plugin() is None, reason="waits for the aot extra (jax-cuda13-plugin not installed)"
@@ -52,10 +58,68 @@ def test_report_and_json_say_the_same(capsys) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["devices"] == 8
     assert [kernel["name"] for kernel in report["kernels"]] == ["ringjax_forward"]
-    assert report["memory"]["total"] == sum(n for name, n in report["memory"].items() if name != "total")
+    memory = report["memory"]
+    assert memory["total"] == memory["arguments"] + memory["temporaries"] + memory["outputs"]
+    assert memory["aliased"] == memory["host"] == 0
     main(options)
     said = capsys.readouterr().out
     assert "compiled for 8 × h100-sxm" in said
     assert "nothing was run" in said
     assert "7 × collective-permute" in said
     assert "8 × ringjax_forward" in said
+
+
+# ---------------------------------------------------------------- of a config
+
+
+def test_keys_of_a_config_can_be_overridden() -> None:
+    options = [
+        "--train.remat",
+        "inputs",
+        "--data.sequence-length",
+        "65536",
+        "--target.hardware",
+        "b200",
+        "--json",
+    ]
+    command = AotConfig.parse([LLAMA, *options])
+    settings = command.settings
+    assert (settings.train.remat, settings.data.sequence_length, command.json) == ("inputs", 65_536, True)
+    assert (settings.target.hardware, settings.mesh.ring) == ("b200", 8)
+    assert AotConfig.parse([LLAMA]).settings.target.hardware == "h100-sxm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.toml"], "nowhere.toml: there is no such config."),
+        ([str(CONFIGS / "code-tiny.toml")], "target.hardware must be given; choose one of a100-80gb-sxm"),
+        ([LLAMA, "--target.hardware", "h100"], "hardware 'h100' is not known"),
+        ([LLAMA, "--mesh.ring", "12"], "does not fit the mesh"),
+        ([LLAMA, "--target.hosts", "3"], "devices=8 do not divide over 3"),
+        (["--json"], "aot what? Give a config first"),
+    ],
+)
+def test_wrong_configs_are_one_line(arguments, message) -> None:
+    with pytest.raises(CommandError, match=re.escape(message)):
+        AotConfig.parse(arguments).run()
+
+
+@waits
+@pytest.mark.slow
+def test_a_config_is_compiled_and_reported(capsys) -> None:
+    small = {
+        "model.vocab-size": 512, "model.hidden-size": 256, "model.intermediate-size": 512,
+        "model.num-layers": 2, "model.num-heads": 4, "model.num-kv-heads": 2, "model.head-dim": 64,
+        "data.sequence-length": 16_384,
+    }  # fmt: skip
+    options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    main(["aot", LLAMA, *options, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    memory = report["memory"]
+    total = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]
+    assert memory["total"] == total
+    assert sum(memory["by_argument"].values()) == pytest.approx(memory["arguments"], rel=1e-2)
+    assert memory["host"] > 0
+    assert report["attention_launches"] == report["attention_launches_written"]
+    assert (report["program"], report["fits"], report["problems"]) == ("train", True, [])
