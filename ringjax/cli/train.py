@@ -7,15 +7,16 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Self
 
 import jax
 import tyro
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..models.checkpoints import CheckpointError
 from ..planning.units import in_bytes
@@ -133,6 +134,16 @@ class Train:
                 jax.distributed.initialize(self.coordinator, self.processes, self.process)
 
 
+class _Bar(Progress):
+    """A bar with a line below it, which narrow terminals show in two."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.below)
+
+
 class Display(Observer):
     """Shows how a run gets on: a bar in a terminal, and else a line now and then.
 
@@ -144,14 +155,12 @@ class Display(Observer):
     def __init__(self, console: Console, *, quiet: bool = False):
         self._console, self._quiet, self._told = console, quiet, -SECONDS_BETWEEN_LINES
         self._held_out: float | None = None
-        columns = (
-            SpinnerColumn(),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=16),
-            TextColumn("{task.description}"),
-        )
-        self._bar = Progress(
-            *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+        self._bar = _Bar(
+            *(SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None)),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=quiet or not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
 
@@ -168,17 +177,18 @@ class Display(Observer):
             self._console.print(escape(text), highlight=False, soft_wrap=True)
 
     def phase(self, text: str) -> None:
-        """Beside the bar."""
-        self._bar.update(self._task, description=escape(text))
+        """Below the bar."""
+        self._bar.below = text
 
     def reading(self, done: int, total: int) -> None:
-        """Beside the bar."""
-        self._bar.update(self._task, description=f"Reading {done:,} of {total:,} files")
+        """Below the bar."""
+        self._bar.below = f"Reading {done:,} of {total:,} files"
 
     def step(self, report: StepReport) -> None:
         """The bar and its numbers."""
         text = _numbers(report, self._held_out)
-        self._bar.update(self._task, completed=report.step, total=report.steps, description=text)
+        self._bar.update(self._task, completed=report.step, total=report.steps)
+        self._bar.below = text
         if self._bar.disable and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
             self.note(f"step {report.step} of {report.steps}: {text}")

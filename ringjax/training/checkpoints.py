@@ -1,13 +1,15 @@
 """Checkpoints of a run: written in the background, whole or not at all, and checked when read.
 
 A checkpoint has the state's arrays by name, so that it can be read onto any mesh, and a JSON of what else the
-run must know to go on: where the data stand, and the run's config. A sum over the bits of every array, made
-on the devices, tells when a file was damaged.
+run must know to go on. A sum over the bits of every array, made on the devices, and a digest of the JSON tell
+whether a file was damaged.
 """
 
 import contextlib
 import dataclasses
 import gc
+import hashlib
+import json
 import logging
 import pathlib
 import sys
@@ -16,8 +18,10 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
+from jax.experimental import multihost_utils
 
 __all__ = ["Checkpoints", "DamagedError", "OtherModelError", "Restored", "bit_sums"]
 
@@ -96,12 +100,13 @@ class Checkpoints:
         """
         arrays = _by_name(state)
         sums = {name: int(value) for name, value in bit_sums(arrays).items()}
+        meta = {"extra": extra, "bit_sums": sums, "shapes": _shapes(arrays)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(arrays),  # pyright: ignore[reportCallIssue]
                 extra=ocp.args.JsonSave(  # pyright: ignore[reportCallIssue]
-                    {"extra": extra, "bit_sums": sums, "shapes": _shapes(arrays)}
+                    meta | {"digest": _digest(meta)}
                 ),
             ),
         )
@@ -120,60 +125,82 @@ class Checkpoints:
             tell: is given a message for every checkpoint passed over.
 
         Raises:
-            DamagedError: there are checkpoints, and all are damaged.
+            DamagedError: there are checkpoints, and all are damaged, or were when they were last read.
             OtherModelError: a checkpoint has arrays of other names, shapes or dtypes than `like`.
         """
-        steps = self.steps
-        for step in reversed(steps):
-            try:
-                with _quiet():
-                    return self._restore(step, like)
-            except OtherModelError:
-                raise
-            # A damaged file can make the reader raise anything.
-            except Exception as error:
-                aside = self._set_aside(step)
-                reason = " ".join(str(error).split())[:REASON_LENGTH]
-                tell(f"checkpoint {step} is damaged and now called {aside.name}: {reason}")
-        if steps:
+        for step in reversed(self.steps):
+            aside = self._name_aside(step)
+            found, reason = self._try(step, like)
+            if found is not None:
+                return found
+            self._rename(step, aside)
+            tell(f"checkpoint {step} is damaged and now called {aside.name}: {reason}")
+        if damaged := len(list(self.folder.glob(f"{DAMAGED}-*"))):
             raise DamagedError(
-                f"all {len(steps)} checkpoints in {self.folder} are damaged. Remove the run to start anew."
+                f"all {damaged} checkpoints in {self.folder} are damaged. Remove the run to start anew."
             )
         return None
 
-    def _restore(self, step: int, like: Any) -> Restored:
+    def _try(self, step: int, like: Any) -> tuple[Restored | None, str | None]:
+        """What the checkpoint holds, or what is wrong with it; the processes agree on which."""
         abstract = {name: _abstract(leaf) for name, leaf in _by_name(like).items()}
-        meta = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
-        saved, wanted = meta["shapes"], _shapes(abstract)
+        meta, arrays, reason = {}, {}, None
+        try:
+            with _quiet():
+                meta, arrays = self._read(step, abstract)
+        except OtherModelError:
+            raise
+        # A damaged file can make the reader raise anything.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:REASON_LENGTH]
+        if _anywhere(reason is not None):
+            return None, reason or "another process cannot read it"
+        for name, value in bit_sums(arrays).items():
+            if int(value) != meta["bit_sums"][name]:
+                return None, f"the bits of {name} are not those that were saved"
+        state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in abstract])
+        return Restored(step=step, state=state, extra=meta["extra"]), None
+
+    def _read(
+        self, step: int, like: dict[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The JSON and the arrays. Waits for no other process, which may be unable to read its part."""
+        folder = self.folder / str(step)
+        meta = json.loads((folder / "extra" / "metadata").read_text())
+        if meta.pop("digest", None) != _digest(meta):
+            raise DamagedError("what was saved beside the arrays was altered")
+        saved, wanted = meta["shapes"], _shapes(like)
         for name in sorted({*saved, *wanted}):
             if saved.get(name) != wanted.get(name):
                 raise OtherModelError(
-                    f"checkpoint {self.folder / str(step)} is of another model: its {name} is "
-                    f"{saved.get(name, 'missing')}, but that of this one {wanted.get(name, 'missing')}."
+                    f"checkpoint {folder} is of another model: its {name} is {saved.get(name, 'missing')}, "
+                    f"but that of this one {wanted.get(name, 'missing')}."
                 )
-        arrays = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
-            ),
-        )["state"]
-        for name, value in bit_sums(arrays).items():
-            if int(value) != meta["bit_sums"][name]:
-                raise DamagedError(f"the bits of {name} are not those that were saved")
-        state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in abstract])
-        return Restored(step=step, state=state, extra=meta["extra"])
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            return meta, handler.restore(
+                folder / "state",  # pyright: ignore[reportArgumentType]
+                args=ocp.args.StandardRestore(like),  # pyright: ignore[reportCallIssue]
+            )
 
-    def _set_aside(self, step: int) -> pathlib.Path:
-        found = self.folder / str(step)
-        aside = self.folder / f"{DAMAGED}-{step}"
-        number = 1
+    def _name_aside(self, step: int) -> pathlib.Path:
+        aside, number = self.folder / f"{DAMAGED}-{step}", 1
         while aside.exists():
             number += 1
             aside = self.folder / f"{DAMAGED}-{step}-{number}"
-        if jax.process_index() == 0:
-            found.rename(aside)
-        self._manager.reload()
         return aside
+
+    def _rename(self, step: int, aside: pathlib.Path) -> None:
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(aside)
+        _anywhere(False)  # all wait until it is done
+        self._manager.reload()
+
+
+def _anywhere(mine: bool) -> bool:
+    """Whether it is so in any process; waits for all."""
+    if jax.process_count() == 1:
+        return mine
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(mine))))
 
 
 @contextlib.contextmanager
@@ -205,6 +232,10 @@ def _bit_sum(array: jax.Array) -> jax.Array:
     for axis, size in enumerate(bits.shape):
         place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     return jnp.sum(bits * (place * jnp.uint32(2) + jnp.uint32(WEYL)), dtype=jnp.uint32)
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _by_name(state: Any) -> dict[str, Any]:

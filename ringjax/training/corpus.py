@@ -166,10 +166,12 @@ def read_corpus(
 ) -> Corpus:
     """Reads and tokenizes all documents, in the order of their paths; the tokens are held in memory.
 
-    Hidden files and folders, empty files, and files with a zero byte near the beginning are passed over.
+    Hidden files and folders, empty files, links that lead nowhere, and files with a zero byte near the
+    beginning are passed over.
 
     Args:
-        paths: files and folders; `"stdlib"` is the running Python's standard library, its tests left out.
+        paths: files and folders; `"stdlib"` is the modules of the running Python's standard library, its
+            tests left out.
         codec: makes the tokens.
         include: patterns for the names of files in folders; `"*.py"`.
         exclude: patterns for names of files and of folders in folders; `"build"`, `"*_test.py"`.
@@ -234,9 +236,9 @@ def _find_files(
 ) -> Iterator[tuple[str, pathlib.Path]]:
     """Each file and the name it goes by, which says nothing of where the folder is."""
     if path == STDLIB:
-        root, include, exclude = pathlib.Path(sysconfig.get_path("stdlib")), ("*.py",), NOT_STDLIB
+        root, exclude, kind = pathlib.Path(sysconfig.get_path("stdlib")), (*NOT_STDLIB, *exclude), "*.py"
     else:
-        root = pathlib.Path(path).expanduser()
+        root, kind = pathlib.Path(path).expanduser(), "*"
     if root.is_file():
         yield root.name, root
         return
@@ -248,9 +250,9 @@ def _find_files(
 
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(filter(wanted, folders))
-        for name in sorted(filter(wanted, names)):
-            if any(fnmatch.fnmatch(name, pattern) for pattern in include):
-                file = pathlib.Path(folder) / name
+        for name in sorted(fnmatch.filter(filter(wanted, names), kind)):
+            file = pathlib.Path(folder) / name
+            if any(fnmatch.fnmatch(name, pattern) for pattern in include) and file.is_file():
                 yield file.relative_to(root).as_posix(), file
 
 

@@ -25,12 +25,14 @@ class ByPosition:
 
     Attributes:
         starts: first position of each range.
+        targets: how many there are.
         loss: with the whole context.
         short_loss: with the context cut to pieces of `short_context` tokens.
         short_context: their length.
     """
 
     starts: list[int]
+    targets: list[int]
     loss: list[float | None]
     short_loss: list[float | None]
     short_context: int
@@ -38,12 +40,15 @@ class ByPosition:
     @property
     def gain(self) -> float | None:
         """What a token beyond the first `short_context` gains from the long context, in nats."""
-        gains = [
-            short - long
-            for start, long, short in zip(self.starts, self.loss, self.short_loss, strict=True)
+        beyond = [
+            (count, count * (short - long))
+            for start, count, long, short in zip(
+                self.starts, self.targets, self.loss, self.short_loss, strict=True
+            )
             if start >= self.short_context and long is not None and short is not None
         ]
-        return sum(gains) / len(gains) if gains else None
+        counts, gains = map(sum, zip(*beyond, strict=True)) if beyond else (0, 0.0)
+        return gains / counts if counts else None
 
 
 class HeldOut:
@@ -78,10 +83,13 @@ class HeldOut:
 
     def by_position(self, parameters: Any) -> ByPosition:
         """With the whole context, and with a short one."""
+        losses, weights = self._sums(parameters, lambda batch: batch)
+        short_losses, _ = self._sums(parameters, ft.partial(_cut, context=self.short_context))
         return ByPosition(
             starts=self.starts,
-            loss=_means(*self._sums(parameters, lambda batch: batch)),
-            short_loss=_means(*self._sums(parameters, ft.partial(_cut, context=self.short_context))),
+            targets=weights.astype(int).tolist(),
+            loss=_means(losses, weights),
+            short_loss=_means(short_losses, weights),
             short_context=self.short_context,
         )
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
 import jax
 
 from .config import TrainingConfig, read_config
+from .drafts import is_draft, write_whole
 from .toml import to_toml
 
 __all__ = ["RunFolder"]
@@ -69,7 +69,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run.directory {str(self.path)!r} is a file. Name another.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(map(is_draft, self.path.iterdir())):
             return
         if not self.config.is_file():
             raise ValueError(
@@ -96,6 +96,4 @@ class RunFolder:
     def write(self, path: pathlib.Path, text: str) -> None:
         """Writes a file whole or not at all; the first process does, for all."""
         if jax.process_index() == 0:
-            draft = path.with_name(f".{path.name}.{os.getpid()}")
-            draft.write_text(text)
-            os.replace(draft, path)
+            write_whole(path, text)

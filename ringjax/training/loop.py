@@ -1,6 +1,7 @@
 """The loop: steps, measurements, checkpoints, and a way out that loses nothing."""
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import signal
@@ -41,7 +42,7 @@ class TrainingError(Exception):
 def train(config: TrainingConfig, observer: Observer = Observer()) -> dict[str, Any]:
     """Trains, from the beginning or from where the run in `run.directory` stopped.
 
-    SIGTERM and the first SIGINT end it after the current step, with a checkpoint.
+    SIGTERM and the first SIGINT end it with a checkpoint, after the steps that are under way, two at most.
 
     Args:
         config: of the run.
@@ -92,8 +93,10 @@ class _Run:
         )
         self.held_out = None if setup.held_out is None else HeldOut(setup)
         self.guard = SpikeGuard(config.optimizer.spike_factor)
-        self.first, self.skipped_in_a_row = 0, 0
+        self.first, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.speed: list[float] = []
+        self.tokens = config.data.batch_size * config.data.sequence_length
+        self.tokens_per_device = self.tokens // (config.mesh.num_devices // config.mesh.tensor)
 
     def begin(self, checkpoints: Checkpoints) -> None:
         """Makes the state, or finds the one to go on from, and compiles the step."""
@@ -123,19 +126,18 @@ class _Run:
             )
         self.batches.set_state(extra["data"])
         self.guard = SpikeGuard(self.config.optimizer.spike_factor, [(s, n) for s, n in extra["norms"]])
+        self.skipped = extra["skipped"]
         self.observer.note(f"going on after step {self.first} of {self.config.train.steps}")
 
     @property
     def totals(self) -> dict[str, Any]:
         """Of the whole run, for the report."""
-        config = self.config
-        tokens = config.data.batch_size * config.data.sequence_length
         return {
             "steps": int(self.state.step),
-            "steps_wanted": config.train.steps,
-            "tokens_per_step": tokens,
-            "tokens_per_device": tokens // (config.mesh.num_devices // config.mesh.tensor),
-            "tokens_per_second": tokens / _mean(self.speed) if self.speed else None,
+            "steps_wanted": self.config.train.steps,
+            "tokens_per_step": self.tokens,
+            "tokens_per_device": self.tokens_per_device,
+            "tokens_per_second": self.tokens / _mean(self.speed) if self.speed else None,
             "memory_per_device": self.memory,
             "compile_seconds": self.compile_seconds,
         }
@@ -158,22 +160,23 @@ class _Run:
                 pending = (step, limit, metrics)
                 done, asked = step + 1, stop.asked()
                 measure = self._due(done)
-                save = done % run.checkpoint_every == 0 or done == steps or asked is not None
-                if measure or save:
+                save = done % run.checkpoint_every == 0 or done == steps
+                if measure or save or asked:
                     self._observe(*pending, log)
                     pending = None
                     if save:
                         self._save(done, checkpoints)
-                    if measure and asked is None:
+                    if measure and not (asked := asked or stop.asked()):
                         self._measure(done, log)
+                    if (asked := asked or stop.asked()) and not save:
+                        self._save(done, checkpoints)
                     self.clock = time.perf_counter()
-                if asked is not None:
+                if asked:
                     self.observer.note(f"{asked}: saving after step {done}")
-                    checkpoints.wait()
-                    return {"stopped": asked}
-        self.observer.phase("Saving")
-        checkpoints.wait()
-        return {"stopped": None}
+                    break
+            self.observer.phase("Saving")
+            checkpoints.wait()
+            return {"stopped": stop.asked()}
 
     def _observe(self, step: int, limit: float, metrics: Any, log: MetricsLog) -> None:
         loss, norm, skipped = float(metrics.loss), float(metrics.grad_norm), bool(metrics.skipped)
@@ -181,20 +184,22 @@ class _Run:
         self.speed = [*self.speed[1 - SPEED_OF :], now - self.clock]
         self.clock = now
         self.guard.observe(step, norm)
+        # The schedule goes on with the optimizer, which a skipped step leaves alone.
+        learning_rate = float(np.asarray(self.schedule(step - self.skipped)))
         if skipped:
             self._count_skipped(step, norm, limit)
         else:
             self.skipped_in_a_row = 0
-        seconds, totals, steps = _mean(self.speed), self.totals, self.config.train.steps
+        seconds, steps = _mean(self.speed), self.config.train.steps
         report = StepReport(
             step=step + 1,
             steps=steps,
             loss=loss,
             grad_norm=norm,
             skipped=skipped,
-            learning_rate=float(np.asarray(self.schedule(step))),
-            tokens_per_second=totals["tokens_per_step"] / seconds,
-            tokens_per_device=totals["tokens_per_device"],
+            learning_rate=learning_rate,
+            tokens_per_second=self.tokens / seconds,
+            tokens_per_device=self.tokens_per_device,
             memory_per_device=self.memory,
             seconds_left=(steps - step - 1) * seconds,
         )
@@ -204,6 +209,7 @@ class _Run:
             log.write(step + 1, {key: getattr(report, key) for key in keys})
 
     def _count_skipped(self, step: int, norm: float, limit: float) -> None:
+        self.skipped += 1
         self.skipped_in_a_row += 1
         why = "is not finite" if not math.isfinite(norm) else f"{norm:.3g} is above {limit:.3g}"
         self.observer.note(f"step {step + 1} is skipped: the gradient's norm {why}")
@@ -224,7 +230,14 @@ class _Run:
             self.observer.held_out(step, loss)
 
     def _save(self, step: int, checkpoints: Checkpoints) -> None:
-        extra = {"data": self.batches.get_state(), "norms": self.guard.norms, "corpus": self.fingerprint}
+        extra = {
+            "data": self.batches.get_state(),
+            "norms": self.guard.norms,
+            "skipped": self.skipped,
+            "corpus": self.fingerprint,
+            # With the seeds, from which all that is random is made anew.
+            "config": dataclasses.asdict(self.config),
+        }
         checkpoints.save(step, self.state, extra)
 
 

@@ -2,12 +2,13 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+
+from .drafts import write_whole
 
 __all__ = ["MetricsLog", "read_metrics"]
 
@@ -44,9 +45,7 @@ class MetricsLog:
         if jax.process_index() != 0:
             return
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text("".join(map(_line, kept)))
-        os.replace(draft, path)
+        write_whole(path, "".join(map(_line, kept)))
         self._file = path.open("a")
         if tensorboard is not None:
             self._events = _event_writer(tensorboard, step)

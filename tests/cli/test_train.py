@@ -1,13 +1,18 @@
 """`ringjax train`: what it refuses, what it shows, and what a run leaves behind."""
 
+import io
 import json
 import pathlib
+import re
 
 import pytest
 from compile_cache import compiled_in
+from rich.console import Console
 
 from ringjax.cli import main
+from ringjax.cli.train import Display
 from ringjax.training.config import read_config
+from ringjax.training.observer import StepReport
 
 CONFIG = """
 [model]
@@ -148,6 +153,20 @@ def test_a_run_shows_its_progress_and_leaves_what_it_promises(capsys, config, tm
     for name in ("loss.png", "loss_by_position.png"):
         assert (run / name).stat().st_size > 5000
     assert list((run / "tensorboard").iterdir())
+
+
+def test_a_narrow_terminal_shows_all_of_the_numbers():
+    screen = io.StringIO()
+    report = StepReport(
+        step=25, steps=1000, loss=2.345, grad_norm=1.0, skipped=False, learning_rate=1e-3,
+        tokens_per_second=5123.0, tokens_per_device=131_072, memory_per_device=59_500_000, seconds_left=3725,
+    )  # fmt: skip
+    with Display(Console(file=screen, force_terminal=True, width=80)) as display:
+        display.held_out(0, 3.21)
+        display.step(report)
+    shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", screen.getvalue()).split())
+    for part in ("25/1000", "loss 2.345 (held out 3.210), 5,123 tokens/s", "131,072 tokens", "1:02:05 left"):
+        assert part in shown
 
 
 def test_a_signal_ends_it_with_its_own_status(capsys, config, monkeypatch):

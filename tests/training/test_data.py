@@ -55,6 +55,7 @@ def test_documents_are_files_and_lines_in_the_order_of_paths(tmp_path):
 def test_what_is_no_document_is_passed_over(tmp_path):
     for name in (".hidden", "empty", "binary", "left.out", "kept.py", "not_included"):
         (tmp_path / name).write_bytes({"empty": b"", "binary": b"ab\0c"}.get(name, b"x"))
+    (tmp_path / "nowhere.py").symlink_to(tmp_path / "gone")
     for folder in (".git", "build"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file.py").write_text("x")
@@ -68,6 +69,9 @@ def test_stdlib_has_modules_and_neither_tests_nor_packages():
     names = read_corpus(["stdlib"], ByteCodec()).names
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
+    some = read_corpus(["stdlib"], ByteCodec(), include=["d*"], exclude=["d[!e]*"]).names
+    assert "json/decoder.py" in some
+    assert all(name.split("/")[-1].startswith("de") and name.endswith(".py") for name in some)
 
 
 @pytest.mark.parametrize(

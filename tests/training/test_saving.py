@@ -105,7 +105,22 @@ def spoil_the_json(folder):
     (folder / "extra" / "metadata").write_text("{")
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, remove_a_file, spoil_the_json])
+def alter_a_number(folder):
+    file = folder / "extra" / "metadata"
+    content = file.read_text()
+    assert content.count('"next_index": 2') == 1
+    file.write_text(content.replace('"next_index": 2', '"next_index": 6'))
+
+
+def alter_a_name(folder):
+    file = folder / "extra" / "metadata"
+    file.write_text(file.read_text().replace("scale", "scald"))
+
+
+DAMAGES = [flip_a_bit, cut_short, remove_a_file, spoil_the_json, alter_a_number, alter_a_name]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_one_is_told_and_set_aside_for_the_one_before(saved, mesh, damage):
     damage(saved / "2")
     told = []
@@ -125,6 +140,12 @@ def test_a_damaged_one_is_told_and_set_aside_for_the_one_before(saved, mesh, dam
 def test_if_all_are_damaged_nothing_begins_anew(saved, mesh):
     for step in ("1", "2"):
         flip_a_bit(saved / step)
+    with (
+        Checkpoints(saved) as checkpoints,
+        pytest.raises(DamagedError, match="all 2 checkpoints in .* damaged"),
+    ):
+        checkpoints.restore(make_state(0, mesh, P("a")))
+    # Nor does it the second time, when nothing but damaged ones is there.
     with (
         Checkpoints(saved) as checkpoints,
         pytest.raises(DamagedError, match="all 2 checkpoints in .* damaged"),

@@ -1,33 +1,35 @@
 """The contenders of `ringjax bench training`, each in a process of its own."""
 
+import contextlib
 import functools as ft
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 __all__ = ["make_contender"]
 
-VOCAB_SIZE = 256  # bytes
+VOCAB_SIZE = 264  # bytes and the end of a document, rounded up
+# Of the memory that is free, for a program's temporaries.
+ROOM = 0.9
 
 
 def make_contender(name: str, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """What answers with one step: its seconds and loss, and the program's temporaries on each device."""
-    step, state, batch = {"ringjax": _ringjax, "dense": _dense}[name](settings)
-    program = step.lower(state, batch).compile()
-    memory = program.memory_analysis()
+    """What answers with one step: its seconds and loss, and what there is to say of the program."""
+    program, state, batch, told = {"ringjax": _ringjax, "dense": _dense}[name](settings)
 
     def answer() -> dict[str, Any]:
         nonlocal state
         start = time.perf_counter()
         state, metrics = program(state, batch)
         loss = float(metrics.loss)
-        return {
-            "seconds": time.perf_counter() - start,
-            "loss": loss,
-            "temporary_bytes": memory.temp_size_in_bytes,
-        }
+        return {"seconds": time.perf_counter() - start, "loss": loss, "program": told}
 
     return answer
+
+
+def _temporaries(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def _parts(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -38,17 +40,17 @@ def _parts(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
     from ...models import Decoder, DecoderConfig
     from ...training.batch import Batch
 
-    hidden, length = settings["hidden"], settings["tokens"]
+    length = settings["tokens"]
     config = DecoderConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        hidden_size=settings["hidden"],
+        intermediate_size=settings["mlp"],
         num_layers=settings["layers"],
         num_heads=settings["heads"],
-        num_kv_heads=settings["heads"],
-        head_dim=hidden // settings["heads"],
+        num_kv_heads=settings["kv_heads"],
+        head_dim=settings["head_size"],
         max_position_embeddings=length,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     text = np.random.default_rng(0).integers(0, VOCAB_SIZE, (1, length + 1)).astype(np.int32)
     positions = np.arange(length, dtype=np.int32)[None]
@@ -57,10 +59,11 @@ def _parts(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
     return ft.partial(Decoder, config), optax.adamw(1e-3), batch
 
 
-def _ringjax(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _ringjax(settings: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
     import jax
 
     from ...ring import Ring, shard_sequence
+    from ...training.options import StepOptions
     from ...training.state import init_state
     from ...training.step import make_train_step
     from ..devices import make_ring_mesh
@@ -70,29 +73,73 @@ def _ringjax(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
     make_model, optimizer, batch = _parts(settings)
     state = init_state(make_model, optimizer, ring=ring, mesh=mesh)
     batch = jax.block_until_ready(shard_sequence(batch, mesh=mesh, ring=ring))
-    return make_train_step(make_model, optimizer, ring=ring, mesh=mesh), state, batch
+    options = StepOptions(remat="inputs_attention")
+    step: Any = make_train_step(make_model, optimizer, ring=ring, mesh=mesh, options=options)
+    program = step.lower(state, batch).compile()
+    return program, state, batch, {"temporary_bytes": _temporaries(program)}
 
 
-def _dense(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The same model on one device: attention of `jax.nn`, layers computed again in the backward pass."""
+def _dense(settings: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The same model on one device, with attention of `jax.nn`."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from ...training.state import TrainState
+
+    make_model, optimizer, batch = _parts(settings)
+    graph, parameters = nnx.split(make_model(rngs=nnx.Rngs(jax.random.key(0))))
+    state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters))
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    @ft.cache
+    def program_of(heads: int) -> Any:
+        step: Any = _dense_step(graph, optimizer, settings["heads"] // heads)
+        return step.lower(state, batch).compile()
+
+    room, size = ROOM * _free_bytes(), 0
+    for heads in settings["dense_heads"]:
+        program = program_of(heads)
+        if (size := _temporaries(program)) < room:
+            told = {
+                "temporary_bytes": size,
+                "heads_at_once": heads,
+                "all_heads_bytes": _temporaries(program_of(settings["heads"])),
+            }
+            return program, state, batch, told
+    raise MemoryError(
+        f"--tokens {settings['tokens']}: the one device would need {size / 1e9:.1f} GB, and {room / 1e9:.1f} "
+        f"GB are to be had. Give fewer tokens, or fewer --dense-heads."
+    )
+
+
+def _dense_step(graph: Any, optimizer: Any, parts: int) -> Any:
+    """A step that calls attention `parts` times a layer, with so many parts of the heads."""
     import jax
     import jax.numpy as jnp
     import optax
     from flax import nnx
+    from jax.ad_checkpoint import checkpoint_name
 
     from ...training.state import TrainState
     from ...training.step import Metrics
 
-    make_model, optimizer, batch = _parts(settings)
-    model = make_model(rngs=nnx.Rngs(jax.random.key(0)))
-    graph, parameters = nnx.split(model)
-    attend = ft.partial(jax.nn.dot_product_attention, is_causal=True)
+    # Its logits are made a second time in the backward pass: those of all layers have no room.
+    @jax.checkpoint
+    def dense(qkv):
+        return jax.nn.dot_product_attention(*qkv, is_causal=True)
+
+    def attend(q, k, v):
+        split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], parts, -1, x.shape[-1]), 2, 0)
+        out = jax.lax.map(dense, (split(q), split(k), split(v))) if parts > 1 else dense((q, k, v))
+        out = jnp.moveaxis(out, 0, 2).reshape(q.shape) if parts > 1 else out
+        return checkpoint_name(out, "attention")
 
     def loss_of(parameters, batch):
         model = nnx.merge(graph, parameters)
         layer_graph, layers = nnx.split(model.layers)
 
-        @jax.checkpoint
+        @ft.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attention"))
         def layer(x, parameters):
             layer = nnx.merge(layer_graph, parameters)
             return layer(x, positions=batch.positions, attend=attend), None
@@ -112,5 +159,12 @@ def _dense(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
             loss, norm, targets, jnp.bool(False)
         )
 
-    state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters))
-    return step, state, jax.tree.map(jnp.asarray, batch)
+    return step
+
+
+def _free_bytes() -> int:
+    """Of this machine's memory, caches counted as free where the system tells."""
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        kilobytes = dict(line.split(":") for line in file)["MemAvailable"].split()[0]
+        return int(kilobytes) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
