@@ -506,7 +506,9 @@ def ring_attention_local(
 
 def _with_kernel(ring: Ring, rule, operands, dtype, head_sizes: tuple[int, int], device: Device) -> Ring:
     """`ring`, with a kernel and its block sizes in place of defaults; `head_sizes` are H and Hv."""
-    kernel = choose_kernel(rule, operands, dtype, device) if ring.kernel == "auto" else ring.kernel
+    kernel = ring.kernel
+    if kernel == "auto":
+        kernel, _ = choose_kernel(rule, operands, dtype, device)
     prepare_kernel(kernel)
     block_sizes = ring.block_sizes or default_block_sizes(kernel, device, dtype, head_sizes)
     return dataclasses.replace(ring, kernel=kernel, block_sizes=block_sizes)

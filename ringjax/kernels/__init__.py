@@ -2,8 +2,10 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 from jax.typing import DTypeLike
 
 from ..masks import Tokens
@@ -38,17 +40,20 @@ def get_kernel(name: KernelName) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def choose_kernel(rule: Rule, operands: Operands, dtype: DTypeLike, device: Device) -> KernelName:
-    """What `kernel="auto"` means: `"pallas"` on a GPU where it supports the case, else `"blockwise"`."""
+def choose_kernel(rule: Rule, operands: Operands, dtype: DTypeLike, device: Device) -> tuple[KernelName, str]:
+    """What `kernel="auto"` means, and why: `"pallas"` on GPUs where that can, `"blockwise"` elsewhere."""
     if device.platform not in ("gpu", "cuda"):
-        return "blockwise"
+        return "blockwise", f"XLA's own operations, for {device.platform} devices"
     try:
         kernel = get_kernel("pallas")
     except ImportError:  # Pallas' Triton language is to leave JAX some day
-        return "blockwise"
-    nobody = Tokens(jnp.zeros((1, 0), jnp.int32))
+        return "blockwise", f"JAX {jax.__version__} has no Pallas that compiles through Triton"
+    nowhere: Any = np.zeros((1, 0), np.int32)
+    nobody = Tokens(nowhere)
     tile = Tile(q=nobody, kv=nobody, operands=operands, rule=rule, block_sizes=BlockSizes(), device=device)
-    return "pallas" if kernel.supports(tile, dtype, device.platform) is None else "blockwise"
+    if reason := kernel.supports(tile, dtype, device.platform):
+        return "blockwise", reason.partition(";")[0]
+    return "pallas", "one fused kernel a pass, for all that this call asks"
 
 
 def prepare_kernel(kernel: KernelName) -> None:

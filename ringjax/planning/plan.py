@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from ..kernels import Device, KernelName, Operands, Rule, choose_kernel
 from ..layouts import LAYOUTS, Layout
 from .costs import Prediction, predict
 from .hardware import Hardware, get_hardware
@@ -62,6 +63,14 @@ class Plan:
                 return size
         return sizes[-1][0]
 
+    @property
+    def kernel(self) -> tuple[KernelName, str]:
+        """What `kernel="auto"` takes there, and why."""
+        kind = self.hardware.name
+        device = Device() if self.hardware.shared_processor else Device(platform="gpu", kind=kind.upper())
+        rule = Rule(mask=self.workload.mask, scale=1.0)
+        return choose_kernel(rule, Operands(), self.workload.dtype, device)
+
     def explain(self) -> str:
         """The table of candidates, the pick, and why."""
         return "\n".join([self.title(), "", *_as_text(self.table()), "", *self.remarks()])
@@ -106,6 +115,7 @@ class Plan:
         """What the table says, in sentences."""
         best, shard = self.best, self.workload.shard(self.best.choice)
         lines = [f"Take {best.choice.label}. {self._why()}", self._what_binds()]
+        lines.append("Kernel {!r}: {}.".format(*self.kernel))
         if self.devices > 1:
             if self.shortest_shard is None:
                 lines.append(
@@ -167,6 +177,7 @@ class Plan:
             "devices": self.devices,
             "training": self.training,
             "best": self.best.to_dict(),
+            "kernel": self.kernel[0],
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "left_out": self.left_out,
             "shortest_shard": self.shortest_shard,

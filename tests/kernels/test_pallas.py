@@ -402,11 +402,17 @@ def test_what_it_cannot_do_names_the_kernel_that_can() -> None:
 def test_auto_is_pallas_on_gpus_where_it_can() -> None:
     rule, gpu = Rule(mask=Causal(), scale=1.0), Device(platform="gpu", kind="NVIDIA H100 80GB HBM3")
     assert get_kernel("pallas") is pallas
-    assert choose_kernel(rule, Operands(), jnp.bfloat16, gpu) == "pallas"
-    assert choose_kernel(rule, Operands(), jnp.bfloat16, Device()) == "blockwise"
-    assert choose_kernel(rule, Operands(), jnp.float64, gpu) == "blockwise"
+    choose = lambda *args: choose_kernel(rule, *args)
+    assert choose(Operands(), jnp.bfloat16, gpu)[0] == "pallas"
+    assert choose(Operands(), jnp.bfloat16, Device()) == (
+        "blockwise", "XLA's own operations, for cpu devices"
+    )  # fmt: skip
+    name, reason = choose(Operands(), jnp.float64, gpu)
+    assert name == "blockwise"
+    assert reason.startswith("kernel 'pallas' ")
+    assert "float64" in reason
     bias = Operands(bias=jnp.zeros((1, 1, 1, 1)))
-    assert choose_kernel(rule, bias, jnp.bfloat16, gpu) == "pallas"
+    assert choose(bias, jnp.bfloat16, gpu)[0] == "pallas"
 
 
 def test_auto_is_blockwise_where_pallas_is_not_to_be_had(monkeypatch) -> None:
@@ -415,7 +421,8 @@ def test_auto_is_blockwise_where_pallas_is_not_to_be_had(monkeypatch) -> None:
 
     monkeypatch.setattr("ringjax.kernels.get_kernel", missing)
     gpu = Device(platform="gpu", kind="NVIDIA H100 80GB HBM3")
-    assert choose_kernel(Rule(mask=Full(), scale=1.0), Operands(), jnp.float32, gpu) == "blockwise"
+    name, reason = choose_kernel(Rule(mask=Full(), scale=1.0), Operands(), jnp.float32, gpu)
+    assert (name, "has no Pallas" in reason) == ("blockwise", True)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,17 @@ def test_explanation_names_the_pick_and_the_reasons() -> None:
     assert HARDWARE["h100-sxm"].source in text
 
 
+def test_explanation_says_which_kernel_and_why() -> None:
+    made = plan(**CALL)
+    assert "Kernel 'pallas': one fused kernel a pass" in made.explain()
+    assert made.to_dict()["kernel"] == "pallas"
+    simulated = dataclasses.replace(HARDWARE["h100-sxm"], shared_processor=True)
+    assert (
+        "Kernel 'blockwise': XLA's own operations, for cpu devices."
+        in plan(**CALL, hardware=simulated).explain()
+    )
+
+
 def test_plain_numbers_survive_json() -> None:
     report = plan(**CALL, training=True, window=4096).to_dict()
     assert json.loads(json.dumps(report)) == report
