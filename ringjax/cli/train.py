@@ -20,10 +20,11 @@ from rich.text import Text
 
 from ..models.checkpoints import CheckpointError
 from ..planning.units import in_bytes
-from ..training.config import TrainingConfig, read_config
+from ..training.config import TrainingConfig
 from ..training.observer import Observer, StepReport
 from ..training.sections import DataOptions, ModelOptions, RunOptions, TrainOptions
 from ..training.toml import ConfigError
+from . import from_config
 from .errors import CommandError, user_errors
 
 __all__ = ["Train"]
@@ -64,28 +65,8 @@ class Train:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Self:
-        """The command of the arguments after `train`; the file comes first and gives the defaults.
-
-        Raises:
-            CommandError: there is no file, or it cannot be read.
-        """
-        default = cls(config=pathlib.Path("CONFIG"))
-        if arguments and not arguments[0].startswith("-"):
-            path = pathlib.Path(arguments[0])
-            if not path.is_file():
-                raise CommandError(f"{path}: there is no such config.")
-            with user_errors(ConfigError, OSError):
-                default = cls(config=path, settings=read_config(path))
-        elif not {"-h", "--help"} & set(arguments):
-            raise CommandError("train what? Give a config first: ringjax train configs/code-tiny.toml")
-        with user_errors(ConfigError):
-            return tyro.cli(
-                cls,
-                default=default,
-                args=arguments,
-                prog="ringjax train",
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
-            )
+        """The command of the arguments after `train`."""
+        return from_config.parse(cls, "train", arguments)
 
     def run(self) -> None:
         """Trains and prints."""

@@ -203,7 +203,9 @@ def _forward_buffers(shard: Shard, choice: Choice, decoded: int) -> dict[str, in
             pieces = shard.q + shard.kv + 2 * shard.out if choice.head_groups > 1 else 0
             return {"gathered": gathered, "parts of heads": pieces, "accumulators": partial}
         case "ring_q":
-            return {"keys and values": shard.kv, "on the way": 2 * shard.q + 3 * F32 * shard.out_items}
+            on_way = 2 * shard.q + 3 * F32 * shard.out_items
+            on_way *= 2 if choice.bidirectional else 1
+            return {"keys and values": shard.kv, "on the way": on_way}
         case "double_ring":
             copies = 2
         case "ring" | "ulysses" | "usp":
@@ -227,13 +229,13 @@ def _backward_buffers(shard: Shard, workload: Workload, choice: Choice, decoded:
         case "ulysses":
             return {"keys and values": shard.kv + shard.kv_sent + decoded, "accumulators": dkv + dq * wider}
         case "double_ring":
-            on_way, sums = 3 * shard.kv_sent + 6 * dkv, dq
+            on_way, sums = 3 * shard.kv_sent + 4 * dkv, dq
         case "ring" | "ring_q" | "usp":
             queries = choice.strategy == "ring_q"
             if moves_queries(shard, ring_schedule(workload, choice), "backward", queries=queries):
                 on_way, sums = 2 * (shard.q + shard.out) + 2 * dq, dkv
             else:
-                on_way, sums = 2 * shard.kv_sent + 3 * dkv, dq
+                on_way, sums = 2 * (shard.kv_sent + dkv), dq
             on_way *= 2 if choice.bidirectional else 1
     return {"keys and values": shard.kv + decoded, "on the way": on_way, "accumulators": sums * wider}
 
