@@ -55,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="run what `-m 'not slow' --thin N` leaves out, and the first case of each test",
+        help="run what `-m 'not slow' --thin N` leaves out, and tests of one case again",
     )
 
 
@@ -63,8 +63,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if (thin := config.getoption("--thin")) > 1:
         _thin_out(config, items, lambda item, index: index % thin == 0)
     if (rest := config.getoption("--thin-rest")) > 1:
-        is_slow = lambda item: item.get_closest_marker("slow") is not None
-        _thin_out(config, items, lambda item, index: index == 0 or index % rest > 0 or is_slow(item))
+        cases = collections.Counter(_test_of(item) for item in items if not _is_slow(item))
+        alone = lambda item: cases[_test_of(item)] == 1
+        _thin_out(config, items, lambda item, index: index % rest > 0 or _is_slow(item) or alone(item))
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if not missing:
         return
@@ -81,11 +82,20 @@ def _thin_out(
     seen: collections.Counter[str] = collections.Counter()
     kept, left_out = [], []
     for item in items:
-        test = item.nodeid.partition("[")[0]
+        test = _test_of(item)
         (kept if keep(item, seen[test]) else left_out).append(item)
-        seen[test] += item.get_closest_marker("slow") is None
+        seen[test] += not _is_slow(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+def _test_of(item: pytest.Item) -> str:
+    """The test that an item is a case of."""
+    return item.nodeid.partition("[")[0]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 @pytest.hookimpl(trylast=True)
