@@ -18,15 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..attention import ring_attention
-from ..kernels.base import KernelName
-from ..layouts import Layout
 from ..planning import Choice, Workload, transfers
 from ..planning.trace import Timeline, read, record
 from ..planning.trace_plot import require_matplotlib, save_timeline
-from ..planning.workload import Dtype, Payload
-from ..ring import Ring
-from ..strategies import Strategy
+from .attention_call import AttentionCall
 from .bench.contest import at_least, progress_bar
 from .devices import make_ring_mesh
 from .errors import CommandError, user_errors
@@ -39,7 +34,7 @@ PERFETTO, XPLANE, PICTURE, SUMMARY = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trace:
+class Trace(AttentionCall):
     """Profile one call of attention on the devices at hand, after one to compile and warm up.
 
     Writes what ui.perfetto.dev opens, a picture of the timeline (each device's computing, and each thing that
@@ -57,35 +52,15 @@ class Trace:
     """Length of the sequence."""
     heads: int = 8
     """How many query heads."""
-    kv_heads: int | None = None
-    """How many key/value heads; by default as many."""
     head_dim: int = 64
     """Size of a head."""
-    batch: int = 1
-    """How many sequences."""
-    dtype: Dtype = "bfloat16"
-    """Of queries, keys and values."""
-    causal: bool = False
-    """A token attends to itself and those before it; by default to all."""
-    window: int | None = None
-    """Under --causal: to so many at most, itself included."""
-    layout: Layout = "contiguous"
-    """Which tokens a device holds."""
-    strategy: Strategy = "ring"
-    """What travels."""
-    payload: Payload | None = None
-    """The form in which keys and values travel; by default as they are."""
-    kernel: KernelName | Literal["auto"] = "auto"
-    """How one shard meets one shard."""
-    backward: bool = False
-    """The backward pass too."""
     json: bool = False
     """Print the summary as one JSON object instead of the report."""
 
     def run(self) -> None:
         """Profiles, writes and prints."""
         self._check()
-        ring = Ring(layout=self.layout, strategy=self.strategy, kernel=self.kernel, payload=self.payload)
+        ring = self.ring
         mesh = make_ring_mesh(self.devices, ring)
         if self.tokens % (multiple := ring.multiple(mesh.size)):
             raise CommandError(
@@ -99,7 +74,7 @@ class Trace:
                 progress.update(task, description=step, advance=1)
 
             with user_errors(ValueError, ImportError, NotImplementedError, OSError):
-                timeline = self._profiled(mesh, ring, tell)
+                timeline = self._profiled(mesh, tell)
         report = {"title": self._title(mesh), "files": [PERFETTO, PICTURE, XPLANE, SUMMARY]}
         report |= timeline.to_dict()
         (self.out / SUMMARY).write_text(json.dumps(report, indent=1))
@@ -109,13 +84,7 @@ class Trace:
             self._show(timeline, report["title"])
 
     def _check(self) -> None:
-        if self.strategy in ("double_ring", "usp"):
-            raise CommandError(
-                f"--strategy {self.strategy} needs two mesh axes, and this command makes one: profile your "
-                f"own call with jax.profiler.trace."
-            )
-        if self.window is not None and not self.causal:
-            raise CommandError(f"--window {self.window} needs --causal.")
+        self.require_one_axis("profile your own call with jax.profiler.trace")
         at_least(1, devices=self.devices)
         with user_errors(ValueError, ImportError):
             self._workload()
@@ -139,8 +108,8 @@ class Trace:
             payload=self.payload,
         )
 
-    def _profiled(self, mesh: Mesh, ring: Ring, tell: Callable[[str], None]) -> Timeline:
-        step, text = self._step(mesh, ring)
+    def _profiled(self, mesh: Mesh, tell: Callable[[str], None]) -> Timeline:
+        step, text = self._step(mesh)
         tell("warming up")
         jax.block_until_ready(step())
         tell("profiling")
@@ -159,31 +128,16 @@ class Trace:
         save_timeline(timeline, self.out / PICTURE, title=self._title(mesh))
         return timeline
 
-    def _step(self, mesh: Mesh, ring: Ring) -> tuple[Callable[[], Any], str]:
+    def _step(self, mesh: Mesh) -> tuple[Callable[[], Any], str]:
         """The compiled call on fresh arrays, and its program."""
-        sharding = NamedSharding(mesh, ring.spec)
+        sharding, dtype = NamedSharding(mesh, self.ring.spec), jnp.dtype(self.dtype)
         rng = np.random.default_rng()
 
-        def draw(heads: int) -> jax.Array:
-            shape = self.batch, self.tokens, heads, self.head_dim
-            x = rng.standard_normal(shape, np.float32).astype(jnp.dtype(self.dtype))
-            return jax.device_put(x, sharding)
+        def draw(shape: tuple[int, ...]) -> jax.Array:
+            return jax.device_put(rng.standard_normal(shape, np.float32).astype(dtype), sharding)
 
-        kv_heads = self.kv_heads or self.heads
-        q, k, v, dout = map(draw, (self.heads, kv_heads, kv_heads, self.heads))
-        window = None if self.window is None else (self.window - 1, 0)
-
-        def attend(q, k, v):
-            return ring_attention(
-                q, k, v, is_causal=self.causal, local_window_size=window, ring=ring, mesh=mesh
-            )
-
-        def attend_and_pull(q, k, v, dout):
-            out, pull = jax.vjp(attend, q, k, v)
-            return out, pull(dout)
-
-        arrays = (q, k, v, dout) if self.backward else (q, k, v)
-        compiled = jax.jit(attend_and_pull if self.backward else attend).lower(*arrays).compile()
+        arrays = [draw(shape) for shape in self.shapes]
+        compiled = jax.jit(self.function(mesh)).lower(*arrays).compile()
         return lambda: compiled(*arrays), compiled.as_text() or ""
 
     def _title(self, mesh: Mesh) -> str:
