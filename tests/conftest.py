@@ -122,6 +122,12 @@ def _is_loose(request: pytest.FixtureRequest) -> bool:
     return room.removesuffix(".py").removeprefix("test_").split("_")[0] in LOOSE_ROOMS
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _all_devices() -> None:
+    """Starts them, before a command that is run here asks for as many as it needs."""
+    jax.devices()
+
+
 @pytest.fixture(autouse=True)
 def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """Mixed dtypes and mixed ranks are errors, except where Flax and Optax rely on them."""

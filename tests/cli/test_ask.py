@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import gguf
-import jax
 import numpy as np
 import pytest
 from models.test_checkpoints import cut, make_weights, write_folder, write_gguf
@@ -58,12 +57,6 @@ def document(tmp_path: Path) -> Path:
     path = tmp_path / "document.txt"
     path.write_text("the cat sat.\n")
     return path
-
-
-@pytest.fixture(autouse=True)
-def _backend() -> None:
-    """Starts with the tests' devices, before a command run here can ask for another number."""
-    assert jax.devices()
 
 
 def ask(*arguments: object) -> int:

@@ -5,17 +5,10 @@ import json
 import pathlib
 import platform
 
-import jax
 import pytest
 
 from ringjax.cli import doctor, main
 from ringjax.planning.doctor import Finding
-
-
-@pytest.fixture(autouse=True)
-def all_devices() -> None:
-    """The command would start JAX with as many as it needs, and later tests need more."""
-    jax.devices()
 
 
 def found(*verdicts: str):

@@ -4,18 +4,11 @@ import gzip
 import json
 import sys
 
-import jax
 import pytest
 
 from ringjax.cli import main
 
 CALL = ["--devices", "2", "--tokens", "128", "--heads", "2", "--head-dim", "16", "--causal"]
-
-
-@pytest.fixture(autouse=True)
-def all_devices() -> None:
-    """The command would start JAX with as many as it needs, and later tests need more."""
-    jax.devices()
 
 
 def test_files_and_json_tell_the_hops_of_every_device(capsys, tmp_path) -> None:
