@@ -136,6 +136,7 @@ class Display(Observer):
     def __init__(self, console: Console, *, quiet: bool = False):
         self._console, self._quiet, self._told = console, quiet, -SECONDS_BETWEEN_LINES
         self._held_out: float | None = None
+        self._fetching = False
         self._bar = _Bar(
             *(SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None)),
             console=console,
@@ -164,6 +165,14 @@ class Display(Observer):
     def reading(self, done: int, total: int) -> None:
         """Below the bar."""
         self._bar.below = f"Reading {done:,} of {total:,} files"
+
+    def fetching(self, done: int, total: int) -> None:
+        """Below the bar, or a line where there is none."""
+        what = "Fetching SmolLM2-135M-Instruct, once"
+        if self._bar.disable and not self._fetching:
+            self.note(what)
+        self._fetching = True
+        self._bar.below = f"{what}: {in_bytes(done)} of {in_bytes(total)}"
 
     def step(self, report: StepReport) -> None:
         """The bar and its numbers."""

@@ -415,29 +415,24 @@ def _kernels(program: Program, dump: pathlib.Path) -> Iterator[Kernel]:
 
 
 def _assembled(path: pathlib.Path, text: str) -> dict[str, int]:
-    """What ptxas says of a kernel; nothing where there is no ptxas."""
-    ptxas = _ptxas()
-    target = re.search(r"\.target (\w+)", text)
-    if ptxas is None or target is None:
+    """What ptxas says of a kernel; nothing where none is new enough for XLA's PTX."""
+    if (target := re.search(r"\.target (\w+)", text)) is None:
         return {}
-    command = [ptxas, "-v", f"-arch={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    registers = re.search(r"Used (\d+) registers", said)
-    if stack is None or registers is None:
-        return {}
-    return {
-        "registers": int(registers[1]), "stack": int(stack[1]), "spills": int(stack[2]) + int(stack[3])
-    }  # fmt: skip
+    for ptxas in _every_ptxas():
+        command = [ptxas, "-v", f"-arch={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        registers = re.search(r"Used (\d+) registers", said)
+        if stack is not None and registers is not None:
+            spills = int(stack[2]) + int(stack[3])
+            return {"registers": int(registers[1]), "stack": int(stack[1]), "spills": spills}
+    return {}
 
 
 @ft.cache
-def _ptxas() -> str | None:
-    """The one on the path, or that of the package nvidia-cuda-nvcc."""
-    if (found := shutil.which("ptxas")) is not None:
-        return found
+def _every_ptxas() -> tuple[str, ...]:
+    """That of the package nvidia-cuda-nvcc, which XLA prefers too, and the one on the path."""
     spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or () if spec is not None else ():
-        for path in sorted(pathlib.Path(folder).glob("*/bin/ptxas")):
-            return str(path)
-    return None
+    folders = spec.submodule_search_locations or () if spec is not None else ()
+    packaged = [path for folder in folders for path in sorted(pathlib.Path(folder).glob("*/bin/ptxas"))]
+    return tuple(str(path) for path in (*packaged, shutil.which("ptxas")) if path is not None)

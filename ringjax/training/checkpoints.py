@@ -7,6 +7,7 @@ whether a file was damaged.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -18,10 +19,10 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
-from jax.experimental import multihost_utils
+
+from .processes import highest
 
 __all__ = ["Checkpoints", "DamagedError", "OtherModelError", "Restored", "bit_sums"]
 
@@ -153,7 +154,7 @@ class Checkpoints:
         # A damaged file can make the reader raise anything.
         except Exception as error:
             reason = " ".join(str(error).split())[:REASON_LENGTH]
-        if _anywhere(reason is not None):
+        if highest(reason is not None):
             return None, reason or "another process cannot read it"
         for name, value in bit_sums(arrays).items():
             if int(value) != meta["bit_sums"][name]:
@@ -192,15 +193,8 @@ class Checkpoints:
     def _rename(self, step: int, aside: pathlib.Path) -> None:
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(aside)
-        _anywhere(False)  # all wait until it is done
+        highest(0)  # all wait until it is done
         self._manager.reload()
-
-
-def _anywhere(mine: bool) -> bool:
-    """Whether it is so in any process; waits for all."""
-    if jax.process_count() == 1:
-        return mine
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(mine))))
 
 
 @contextlib.contextmanager
@@ -212,9 +206,17 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception:
         gc.collect()
+        # Other parts of that read may yet end, at any later time.
+        hooks = hooks[0], functools.partial(_tell_but_late_reads, hooks[1])
         raise
     finally:
         sys.excepthook, sys.unraisablehook = hooks
+
+
+def _tell_but_late_reads(tell: Callable[[Any], object], event: Any) -> None:
+    """A hook for what cannot be raised, without what parts of a read say that end after it was given up."""
+    if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+        tell(event)
 
 
 @jax.jit

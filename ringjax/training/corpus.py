@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from ..models.checkpoints import open_checkpoint
-from ..models.embedded import embedded_model_path
+from ..models.embedded import Progress as Fetching, embedded_model_path
 from ..models.tokenizer import Tokenizer
 
 __all__ = ["STDLIB", "ByteCodec", "Codec", "Corpus", "TextCodec", "open_codec", "read_corpus", "split"]
@@ -94,13 +94,14 @@ class TextCodec:
         return self.tokenizer.decode(ids)
 
 
-def open_codec(name: str, end_token: str | None = None) -> Codec:
+def open_codec(name: str, end_token: str | None = None, fetching: Fetching | None = None) -> Codec:
     """The codec of a name.
 
     Args:
         name: `"bytes"`, `"embedded"` (that of SmolLM2-135M-Instruct), a `tokenizer.json`, or whatever
             `open_checkpoint` takes.
         end_token: as in `TextCodec`.
+        fetching: the progress of `embedded_model_path`.
 
     Raises:
         ValueError: the file is no tokenizer, or `end_token` is none of its tokens.
@@ -117,7 +118,7 @@ def open_codec(name: str, end_token: str | None = None) -> Codec:
         if not pathlib.Path(name).is_file():
             raise ValueError(f"data.tokenizer {name!r}: there is no such file.")
         return TextCodec(Tokenizer.from_file(name, special_tokens={}), end_token)
-    path = embedded_model_path() if name == "embedded" else name
+    path = embedded_model_path(fetching) if name == "embedded" else name
     return TextCodec(open_checkpoint(path).tokenizer(), end_token)
 
 

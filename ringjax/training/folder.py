@@ -1,14 +1,18 @@
 """The folder of a run, which no other run writes into."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
+import filelock
 import jax
 
 from .config import TrainingConfig, read_config
 from .drafts import is_draft, write_whole
+from .processes import highest
 from .toml import to_toml
 
 __all__ = ["RunFolder"]
@@ -30,6 +34,11 @@ class RunFolder:
     def config(self) -> pathlib.Path:
         """The config, whole, in TOML."""
         return self.path / "config.toml"
+
+    @property
+    def lock(self) -> pathlib.Path:
+        """A file that the process that trains here holds."""
+        return self.path / ".lock"
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -69,7 +78,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run.directory {str(self.path)!r} is a file. Name another.")
-        if not self.path.exists() or all(map(is_draft, self.path.iterdir())):
+        if not self.path.exists() or all(is_draft(x) or x == self.lock for x in self.path.iterdir()):
             return
         if not self.config.is_file():
             raise ValueError(
@@ -84,10 +93,26 @@ class RunFolder:
                 f"--run.directory; nothing was changed."
             )
 
-    def make(self, config: TrainingConfig) -> None:
-        """Makes it, with the config."""
+    @contextlib.contextmanager
+    def ours(self, config: TrainingConfig) -> Iterator[None]:
+        """Makes it, with the config, and keeps other runs out until the block ends, or the process does.
+
+        Raises:
+            ValueError: a run is under way there, or has been meanwhile, of another config.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write(self.config, to_toml(config))
+        lock = filelock.FileLock(self.lock)
+        try:
+            if highest(jax.process_index() == 0 and not _taken(lock)):
+                raise ValueError(
+                    f"run.directory {str(self.path)!r} is that of a run which is under way. Wait for its "
+                    f"end, or name another with --run.directory."
+                )
+            self.check(config)
+            self.write(self.config, to_toml(config))
+            yield
+        finally:
+            lock.release()
 
     def write_report(self, report: dict[str, Any]) -> None:
         """The report in JSON."""
@@ -97,3 +122,10 @@ class RunFolder:
         """Writes a file whole or not at all; the first process does, for all."""
         if jax.process_index() == 0:
             write_whole(path, text)
+
+
+def _taken(lock: filelock.BaseFileLock) -> bool:
+    """Takes the lock, if nobody has it; says whether."""
+    with contextlib.suppress(filelock.Timeout):
+        lock.acquire(timeout=0)
+    return lock.is_locked

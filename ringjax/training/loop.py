@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from .batch import Batch
 from .checkpoints import Checkpoints
@@ -23,6 +22,7 @@ from .folder import RunFolder
 from .metrics import MetricsLog
 from .observer import Observer, StepReport
 from .optimizer import SpikeGuard, make_optimizer, make_schedule
+from .processes import highest
 from .report import make_report
 from .setup import Setup, make_mesh, prepare
 from .state import abstract_state, init_state
@@ -62,10 +62,12 @@ def train(config: TrainingConfig, observer: Observer = Observer()) -> dict[str, 
     folder = RunFolder(pathlib.Path(config.run.directory).expanduser())
     folder.check(config)
     observer.phase("Reading the data")
-    run = _Run(prepare(config, mesh, observer.reading), folder, observer)
+    run = _Run(prepare(config, mesh, observer), folder, observer)
     # Nothing is written before here.
-    folder.make(config)
-    with Checkpoints(folder.checkpoints, keep=config.run.keep, keep_every=config.run.keep_every) as found:
+    with (
+        folder.ours(config),
+        Checkpoints(folder.checkpoints, keep=config.run.keep, keep_every=config.run.keep_every) as found,
+    ):
         run.begin(found)
         stopped = run.train(found)
         totals = run.totals | stopped
@@ -249,11 +251,8 @@ class _Stop:
 
     def asked(self) -> str | None:
         """The signal's name; the processes agree on it."""
-        if jax.process_count() == 1:
-            return self.name
-        number = 0 if self.name is None else int(signal.Signals[self.name])
-        highest = int(np.max(multihost_utils.process_allgather(np.int32(number))))
-        return signal.Signals(highest).name if highest else None
+        number = highest(0 if self.name is None else int(signal.Signals[self.name]))
+        return signal.Signals(number).name if number else None
 
 
 @contextlib.contextmanager

@@ -46,6 +46,9 @@ class Observer:
     def reading(self, done: int, total: int) -> None:
         """Files read so far and in all."""
 
+    def fetching(self, done: int, total: int) -> None:
+        """Bytes of the embedded model fetched so far, which is done once, and in all."""
+
     def step(self, report: StepReport) -> None:
         """A step is done."""
 

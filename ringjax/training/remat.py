@@ -13,6 +13,7 @@ Remat = Literal["none", "inputs", "inputs_attention", "offload_inputs", "offload
 LAYER_INPUTS = ("layer_input",)
 # What ring attention calls its results; with them, the backward pass goes round the ring once less.
 ATTENTION = ("ring_attention_out", "ring_attention_lse")
+HOST = "pinned_host"
 
 
 def with_remat(layer: Callable, remat: Remat) -> Callable:
@@ -49,7 +50,7 @@ def _offload(*names: str) -> Any:
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=list(names),
         offload_src="device",
-        offload_dst="pinned_host",
+        offload_dst=HOST,
     )
 
 

@@ -34,7 +34,7 @@ MOST_SEED = 2**32 - 1
 def _at_least(section: Any, name: str, least: int, *keys: str) -> None:
     for key in keys:
         value = getattr(section, key)
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise ConfigError(f"{name}.{key} is {value}; it takes at least {least}.")
 
 

@@ -10,10 +10,11 @@ from jax.sharding import AxisType, Mesh
 
 from ..models import Decoder, DecoderConfig, load_parameters
 from ..models.checkpoints import Checkpoint, open_checkpoint
-from ..models.embedded import embedded_model_path
+from ..models.embedded import Progress as Fetching, embedded_model_path
 from ..ring import Ring
 from .config import TrainingConfig
-from .corpus import Codec, Corpus, Progress, open_codec, read_corpus, split
+from .corpus import Codec, Corpus, open_codec, read_corpus, split
+from .observer import Observer
 from .options import StepOptions
 from .packing import PackedRows
 from .sections import MeshOptions, ModelOptions
@@ -93,13 +94,13 @@ def make_mesh(options: MeshOptions) -> Mesh:
     )
 
 
-def prepare(config: TrainingConfig, mesh: Mesh, progress: Progress = lambda done, total: None) -> Setup:
+def prepare(config: TrainingConfig, mesh: Mesh, observer: Observer = Observer()) -> Setup:
     """Reads the data and the model.
 
     Args:
         config: of the run.
         mesh: of `make_mesh`.
-        progress: is told the files read so far and in all.
+        observer: is told how much was fetched and read.
 
     Raises:
         ValueError: the data are missing or too few, or the model does not suit them.
@@ -107,15 +108,21 @@ def prepare(config: TrainingConfig, mesh: Mesh, progress: Progress = lambda done
         NotImplementedError: a checkpoint with parts that the decoder lacks.
     """
     data = config.data
-    decoder, checkpoint = decoder_of(config.model, data.sequence_length)
-    codec = open_codec(data.tokenizer, data.end_token)
+
+    def fetching(_: str, done: int, total: int) -> None:
+        observer.fetching(done, total)
+
+    decoder, checkpoint = decoder_of(config.model, data.sequence_length, fetching)
+    codec = open_codec(data.tokenizer, data.end_token, fetching)
     if codec.vocab_size > decoder.vocab_size:
         raise ValueError(
             f"data.tokenizer {data.tokenizer!r} has {codec.vocab_size} tokens, but the model's vocabulary "
             f"{decoder.vocab_size}. Give model.vocab_size {codec.vocab_size} or more, or the model's own "
             f"tokenizer."
         )
-    corpus = read_corpus(data.paths, codec, include=data.include, exclude=data.exclude, progress=progress)
+    corpus = read_corpus(
+        data.paths, codec, include=data.include, exclude=data.exclude, progress=observer.reading
+    )
     training, held_out = split(corpus, data.held_out)
     return Setup(
         config=config,
@@ -130,8 +137,12 @@ def prepare(config: TrainingConfig, mesh: Mesh, progress: Progress = lambda done
     )
 
 
-def decoder_of(options: ModelOptions, length: int) -> tuple[DecoderConfig, Checkpoint | None]:
+def decoder_of(
+    options: ModelOptions, length: int, fetching: Fetching | None = None
+) -> tuple[DecoderConfig, Checkpoint | None]:
     """The model's shape, for sequences of so many tokens, and the checkpoint that it comes from, opened.
+
+    `fetching` is the progress of `embedded_model_path`.
 
     Raises:
         ValueError: the checkpoint was made for shorter sequences.
@@ -140,7 +151,8 @@ def decoder_of(options: ModelOptions, length: int) -> tuple[DecoderConfig, Check
     """
     if options.checkpoint is None:
         return options.decoder_config(length), None
-    path = embedded_model_path() if options.checkpoint == "embedded" else pathlib.Path(options.checkpoint)
+    embedded = options.checkpoint == "embedded"
+    path = embedded_model_path(fetching) if embedded else pathlib.Path(options.checkpoint)
     checkpoint = open_checkpoint(path)
     decoder = checkpoint.config
     if options.rope_theta is not None:

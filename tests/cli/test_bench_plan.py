@@ -13,6 +13,7 @@ from ringjax.planning import HARDWARE, hardware
 def small(monkeypatch, tmp_path):
     monkeypatch.setenv("RINGJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(plan, "CASES", [(64, 8, None), (128, 2, 16)])
+    monkeypatch.setattr(plan, "TURNS", 1.0)
 
 
 def test_every_way_is_timed_and_the_pick_compared_with_the_best(capsys, small) -> None:
@@ -25,6 +26,7 @@ def test_every_way_is_timed_and_the_pick_compared_with_the_best(capsys, small) -
         assert ways >= {"ring", "ring_q", "all_gather", "ulysses"}
         seconds = {label: way["seconds"] for label, way in case["ways"].items()}
         assert case["fastest"] == min(seconds, key=lambda label: seconds[label])
+        assert case["turns"] > 1  # one alone takes no second
         assert case["ratio"] == seconds[case["pick"]] / seconds[case["fastest"]] >= 1
     assert report["worst"] == max(case["ratio"] for case in report["cases"])
 

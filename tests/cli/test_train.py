@@ -87,6 +87,7 @@ def refused(capsys, *arguments: str) -> str:
             ["--model.vocab-size", "256"],
             "data.tokenizer 'bytes' has 257 tokens, but the model's vocabulary 256",
         ),
+        (["--evaluation.temperature", "nan"], "evaluation.temperature is nan; it takes at least 0."),
         (["--model.checkpoint", "x"], "model.checkpoint 'x' has its own shape"),
         (["--processes", "2"], "--processes: only with --distributed."),
         (["--distributed", "--process", "0"], "--process: give all of --coordinator, --processes, --process"),
@@ -167,6 +168,14 @@ def test_a_narrow_terminal_shows_all_of_the_numbers():
     shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", screen.getvalue()).split())
     for part in ("25/1000", "loss 2.345 (held out 3.210), 5,123 tokens/s", "131,072 tokens", "1:02:05 left"):
         assert part in shown
+
+
+def test_fetching_a_model_is_told_once_where_no_bar_is_drawn():
+    screen = io.StringIO()
+    with Display(Console(file=screen)) as display:
+        for done in (0, 5, 10):
+            display.fetching(done, 10)
+    assert screen.getvalue() == "Fetching SmolLM2-135M-Instruct, once\n"
 
 
 def test_a_signal_ends_it_with_its_own_status(capsys, config, monkeypatch):

@@ -160,12 +160,13 @@ def test_a_run_goes_on_over_another_mesh(make_config):
 
 def test_the_folder_of_another_run_is_left_alone(make_config, tmp_path):
     config = make_config()
-    loop.RunFolder(pathlib.Path(config.run.directory)).make(config)
+    with loop.RunFolder(pathlib.Path(config.run.directory)).ours(config):
+        pass
     before = (tmp_path / "run" / "config.toml").read_bytes()
     other = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_layers=2))
     with pytest.raises(ValueError, match="holds another run: model.num_layers 1 → 2. Name another with"):
         loop.train(other)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.toml", ".lock"}
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
 
     # Killed before it had a config, a run leaves a draft of it, and no other run is there.
@@ -179,6 +180,20 @@ def test_the_folder_of_another_run_is_left_alone(make_config, tmp_path):
         loop.train(make_config("thesis"))
     with pytest.raises(ValueError, match="is a file"):
         loop.train(make_config("thesis/thesis.tex"))
+
+
+def test_a_run_under_way_keeps_others_out_of_its_folder(make_config, tmp_path):
+    config = make_config()
+    folder = loop.RunFolder(pathlib.Path(config.run.directory))
+    with folder.ours(config):
+        with pytest.raises(ValueError, match="is that of a run which is under way. Wait for its end"):
+            loop.train(config)
+        assert not folder.checkpoints.exists()
+    # Nor does what is left of a lock: its process may have been killed before it wrote the config.
+    folder.config.unlink()
+    folder.lock.touch()
+    with folder.ours(config):
+        assert folder.config.is_file()
 
 
 def test_what_cannot_be_trained_leaves_no_folder(make_config, tmp_path):

@@ -1,6 +1,8 @@
 """Checkpoints: the same bits come back on any mesh, and what is damaged is passed over and told."""
 
 import pathlib
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,22 @@ def test_a_damaged_one_is_told_and_set_aside_for_the_one_before(saved, mesh, dam
         checkpoints.save(2, make_state(5, mesh, P("a")), {})
     with Checkpoints(saved) as checkpoints:
         assert_same_bits(checkpoints.restore(make_state(0, mesh, P("a"))).state, make_state(5, mesh, P("a")))
+
+
+def test_parts_of_a_given_up_read_that_end_late_are_not_told(saved, mesh, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    cut_short(saved / "2")
+    with Checkpoints(saved) as checkpoints:
+        checkpoints.restore(make_state(0, mesh, P("a")))
+    late, other = (
+        types.SimpleNamespace(exc_value=error)
+        for error in (RuntimeError("Event loop is closed"), RuntimeError("something else"))
+    )
+    told.clear()
+    for event in (late, other):
+        sys.unraisablehook(event)
+    assert told == [other]
 
 
 def test_if_all_are_damaged_nothing_begins_anew(saved, mesh):

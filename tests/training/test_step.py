@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from ringjax import Ring
 from ringjax.models import DecoderConfig
 from ringjax.training.batch import Batch
 from ringjax.training.options import StepOptions
+from ringjax.training.remat import Remat
 from ringjax.training.state import TrainState, abstract_state, init_state
 from ringjax.training.step import Metrics, make_eval_step, make_train_step
 
@@ -56,6 +58,36 @@ def test_gradients_are_those_of_one_device_and_loss_that_of_documents_alone(name
     norm = optax.tree_utils.tree_norm(expected.gradients)
     assert float(metrics.grad_norm) == pytest.approx(float(norm), rel=1e-5)
     assert not metrics.skipped
+
+
+# Layout, loss_chunk, mlp_chunk, accumulate: chunks of one token, that divide, that do not, longer than all.
+CHUNKS = [
+    ("contiguous", 1, None, 1),
+    ("zigzag", 3, 1, 2),
+    ("striped", 8, 5, 4),
+    ("zigzag", 2048, 16, 1),
+    ("striped", 7, 2048, 2),
+]
+
+
+KEEPS = typing.get_args(Remat)
+# Each with two of the others.
+PAIRS = [(keep, CHUNKS[(i + j) % len(CHUNKS)]) for j in (0, 2) for i, keep in enumerate(KEEPS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "layout_and_chunks"), PAIRS, ids=str)
+def test_nothing_kept_and_no_chunk_changes_the_gradients(monkeypatch, keep, layout_and_chunks) -> None:
+    # CPUs have no other memory. What is moved, and when it comes back, is the same if it goes nowhere.
+    monkeypatch.setattr("ringjax.training.remat.HOST", "device")
+    monkeypatch.setattr("ringjax.training.step.check_remat", lambda *_: None)
+    layout, loss_chunk, mlp_chunk, accumulate = layout_and_chunks
+    options = StepOptions(remat=keep, loss_chunk=loss_chunk, mlp_chunk=mlp_chunk, accumulate=accumulate)
+    state, metrics = cases.run_step(make_mesh(1, 8), dataclasses.replace(RING, layout=layout), options)
+    expected = cases.expected()
+    errors = relative_errors(cases.gradients_in(state), expected.gradients)
+    assert max(errors.values()) < 1e-5, errors
+    assert float(metrics.loss) == pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_bfloat16_keeps_float32_masters_and_clips() -> None:

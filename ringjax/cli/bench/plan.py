@@ -30,6 +30,7 @@ KV_HEADS = (8, 4, 2)
 WINDOWS = (None, 512)
 HEADS, HEAD_DIM = 8, 64
 SAMPLE = 0.1  # seconds
+TURNS = 16.0  # seconds of samples that a case has at least, for a short one swings most
 CASES = list(itertools.product(TOKENS, KV_HEADS, WINDOWS))
 
 
@@ -46,7 +47,7 @@ class BenchPlan:
     cases: int = len(CASES)
     """How many cases of the grid, from the start."""
     repeats: int = 5
-    """How many samples of each way, after one warm-up; the ways take turns."""
+    """How many samples of each way at least, after one warm-up; the ways take turns, for 16 s at least."""
     training: bool = False
     """Time the backward pass too."""
     json: bool = False
@@ -99,8 +100,12 @@ class BenchPlan:
 
     def _measured(self, made: Plan) -> dict[str, Any]:
         steps = [_step(made.workload, c.choice, training=self.training) for c in made.candidates]
-        rounds = [[_seconds(step) for step in steps] for _ in range(self.repeats + 1)][1:]
-        seconds = np.min(rounds, axis=0).tolist()  # what disturbs only adds
+        turn = lambda: [_seconds(step) for step in steps]
+        turn()  # compiles, and warms up
+        started, turns = time.perf_counter(), []
+        while len(turns) < self.repeats or time.perf_counter() - started < TURNS:
+            turns.append(turn())
+        seconds = np.min(turns, axis=0).tolist()  # what disturbs only adds
         ways = {
             candidate.choice.label: {"seconds": measured, "predicted_seconds": candidate.seconds}
             for candidate, measured in zip(made.candidates, seconds, strict=True)
@@ -110,6 +115,7 @@ class BenchPlan:
             "tokens": w.tokens,
             "kv_heads": w.num_kv_heads,
             "window": w.window,
+            "turns": len(turns),
             "pick": made.best.choice.label,
             "fastest": min(ways, key=lambda label: ways[label]["seconds"]),
             "ratio": seconds[0] / min(seconds),  # the pick comes first
@@ -153,7 +159,7 @@ def _show(report: dict[str, Any]) -> None:
     console = Console()
     passes = "forward and backward" if report["training"] else "forward"
     table = Table(
-        title=f"{passes} on {report['devices']} devices, the least of {report['repeats']}",
+        title=f"{passes} on {report['devices']} devices, the least of {report['repeats']} or more",
         box=box.SIMPLE_HEAD,
     )
     for heading in ("tokens", "key heads", "window", "picked", "fastest", "its time", "pick / fastest"):
