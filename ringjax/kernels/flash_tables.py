@@ -229,7 +229,7 @@ HALF: dict[Chip, dict[int, Launch]] = {
         64: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(8), dkv=Pass(8)),
         128: Launch(
             BlockSizes(q=64, kv=64),
-            forward=Pass(4),
+            forward=Pass(4, rich=Pass(8)),
             dq=Pass(8),
             dkv=Pass(8, rich=Pass(8, blocks=BlockSizes(q=32, kv=64))),
         ),
@@ -251,7 +251,7 @@ HALF: dict[Chip, dict[int, Launch]] = {
         ),
         256: Launch(
             BlockSizes(q=64, kv=64),
-            forward=Pass(8, rich=Pass(4, blocks=BlockSizes(q=64, kv=32))),
+            forward=Pass(8, rich=Pass(8, blocks=BlockSizes(q=64, kv=32))),
             dq=Pass(8, rich=Pass(8, blocks=BlockSizes(q=64, kv=32))),
             dkv=Pass(8, rich=Pass(8, blocks=BlockSizes(q=32, kv=64))),
             bias=Pass(8, blocks=BlockSizes(q=64, kv=32)),
@@ -262,12 +262,10 @@ HALF: dict[Chip, dict[int, Launch]] = {
 # No chip has tensor cores for it, and operands are held in registers.
 FLOAT32: dict[int, Launch] = {
     64: Launch(BlockSizes(q=32, kv=32), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
-    128: Launch(BlockSizes(q=16, kv=16), forward=Pass(8), dq=Pass(8), dkv=Pass(8, rich=Pass(8, stages=1))),
     256: Launch(
         BlockSizes(q=16, kv=16),
         forward=Pass(8),
-        dq=Pass(8, rich=Pass(4)),
-        dkv=Pass(4, stages=1),
-        bias=Pass(8, stages=1),
+        dq=Pass(8, stages=1),
+        dkv=Pass(8, stages=1, blocks=BlockSizes(q=32, kv=16)),
     ),
 }

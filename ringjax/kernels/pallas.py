@@ -132,7 +132,7 @@ def backward(
 
 def _dq_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
     at, visits = meeting.row(refs, ids)
-    rows = meeting.load_queries(refs, at)
+    rows = meeting.load_queries(refs, at, as_is=True)
 
     def fold(masked: bool):
         def body(visit, dq):
@@ -144,19 +144,23 @@ def _dq_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
         return body
 
     zeros = jnp.zeros((meeting.q_cut.size, padded_head(meeting.head_size)), jnp.float32)
-    dq = visits.fold_all(fold, zeros) * jnp.float32(meeting.scale)
+    dq = rows.without_empty(visits.fold_all(fold, zeros) * jnp.float32(meeting.scale))
     before = meeting.load_rows(into, at, meeting.head_size)
     meeting.store_rows(result, before + dq, at, meeting.head_size)
 
 
-def _dlogits(meeting: "_Meeting", refs: "_Refs", rows: "_Queries", keys, values, at, masked: bool):
-    """The gradient of a block of logits as they are before the cap, queries by keys."""
-    logits = meeting.logits(refs, rows.q, keys, at, masked)
-    weights = jnp.exp(logits.masked - rows.lse[:, None])
-    dweights = _dot(rows.dout, values, transposed=True)
-    if (factor := meeting.dropout(refs, at)) is not None:
+def _dlogits(
+    meeting: "_Meeting", refs: "_Refs", rows: "_Queries", keys, values, at, masked: bool, *, keys_first=False
+):
+    """The gradient of a block of logits as they are before the cap; queries by keys, or keys by queries."""
+    logits = meeting.logits(refs, rows.q, keys, at, masked, keys_first=keys_first)
+    lse, delta = (_along(x, int(keys_first)) for x in (rows.lse, rows.delta))
+    weights = jnp.exp(logits.masked - lse)
+    first, second = (values, rows.dout) if keys_first else (rows.dout, values)
+    dweights = _dot(first, second, transposed=True)
+    if (factor := meeting.dropout(refs, at, keys_first=keys_first)) is not None:
         dweights *= factor
-    dlogits = weights * (dweights - rows.delta[:, None])
+    dlogits = weights * (dweights - delta)
     return dlogits if logits.slope is None else dlogits * logits.slope
 
 
@@ -242,7 +246,7 @@ def _dbias_block_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) 
                 keys, values = meeting.load_kv(refs.kv, here)
                 rows = meeting.load_queries(refs, here, as_is=True)
                 dlogits = _dlogits(meeting, refs, rows, keys, values, here, masked)
-                return total + jnp.where(rows.lse[:, None] == jnp.inf, jnp.zeros_like(dlogits), dlogits)
+                return total + rows.without_empty(dlogits)
 
             return body
 
@@ -263,7 +267,7 @@ def _dbias_rows_program(meeting: "_Meeting", factors: Callable, ids, into, refs:
     """The sums along the keys, for a block of queries: one with each of `factors(refs, at)`."""
     del into
     at, visits = meeting.row(refs, ids)
-    rows = meeting.load_queries(refs, at)
+    rows = meeting.load_queries(refs, at, as_is=True)
 
     def fold(masked: bool):
         def body(visit, totals):
@@ -277,7 +281,7 @@ def _dbias_rows_program(meeting: "_Meeting", factors: Callable, ids, into, refs:
 
     zeros = jnp.zeros((meeting.q_cut.size,), jnp.float32)
     for ref, total in zip(result, visits.fold_all(fold, (zeros,) * len(result)), strict=True):
-        meeting.store_statistic(ref, total, at)
+        meeting.store_statistic(ref, rows.without_empty(total), at)
 
 
 def _dbias_columns_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
@@ -293,7 +297,9 @@ def _dbias_columns_program(meeting: "_Meeting", ids, into, refs: "_Refs", result
         def body(visit, total):
             here = meeting.with_queries(refs, at, visits.block(visit), member)
             rows = meeting.load_queries(refs, here)
-            return total + _dlogits(meeting, refs, rows, keys, values, here, masked).sum(axis=0)
+            # As in `_dkv_program`: what stays is the first operand.
+            dlogits = _dlogits(meeting, refs, rows, keys, values, here, masked, keys_first=True)
+            return total + dlogits.sum(axis=1)
 
         return body
 
@@ -394,6 +400,11 @@ class _Queries(NamedTuple):
     dout: jax.Array
     lse: jax.Array
     delta: jax.Array
+
+    def without_empty(self, x: jax.Array) -> jax.Array:
+        """Zero in the rows that met no key."""
+        empty = self.lse == jnp.inf
+        return jnp.where(empty if x.ndim == 1 else empty[:, None], jnp.zeros_like(x), x)
 
 
 class _Logits(NamedTuple):
@@ -593,20 +604,29 @@ class _Meeting:
         return Place(batch, head, q.positions, kv.positions, q.segments)
 
     def _operand(self, ref, refs: _Refs, at: _At, keys_first: bool) -> jax.Array:
-        """The block of a mask or bias, broadcast."""
-        return _load(ref, *self._operand_index(ref, refs, at, keys_first))
+        """The block of a mask or bias, as it broadcasts to queries by keys, or keys by queries.
+
+        Of what is broadcast along one side a vector is loaded: that of a row or column stays the same in a loop,
+        and a tile of it would pass through shared memory, which costs the other operands their registers.
+        """
+        block = _load(ref, *self._operand_index(ref, refs, at, keys_first))
+        of_queries = ref.shape[2] > 1
+        return _along(block, int(of_queries == keys_first)) if block.ndim == 1 else block
 
     def _operand_index(self, ref, refs: _Refs, at: _At, keys_first: bool, *, owned: bool = False):
         """Which elements of a mask or bias a block is, and which of those are inside, as of `_inside`."""
         sides = (self.q_cut, at.q, int(keys_first)), (self.kv_cut, at.kv, int(not keys_first))
-        indices = [_along(self._index(cut, block), axis) for cut, block, axis in sides]
+        long = [i for i in range(2) if ref.shape[2 + i] > 1]
+        spread = _along if len(long) == 2 else lambda x, axis: x
+        indices, insides = [jnp.int32(0), jnp.int32(0)], []
+        for i in long:
+            cut, block, axis = sides[i]
+            indices[i] = spread(self._index(cut, block) + refs.numbers[i], axis)
+            if (some := self._inside(cut, block, owned=owned)) is not None:
+                insides.append(spread(some, axis))
         shape = jnp.broadcast_shapes(*(index.shape for index in indices))
-        inside = None
-        for cut, block, axis in sides:
-            some = self._inside(cut, block, owned=owned)
-            inside = _both(inside, None if some is None else _along(some, axis), shape)
-        rows, columns = (index + refs.numbers[i] for i, index in enumerate(indices))
-        whole = [jnp.broadcast_to(x, shape) for x in (at.batch, at.head, rows, columns)]
+        inside = ft.reduce(lambda a, b: _both(a, b, shape), insides, None)
+        whole = [jnp.broadcast_to(x, shape) for x in (at.batch, at.head, *indices)]
         return tuple(_of(ref, axis, x) for axis, x in enumerate(whole)), inside
 
     def add_operand(self, into, result, refs: _Refs, more: jax.Array, at: _At, visited: jax.Array) -> None:

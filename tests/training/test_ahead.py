@@ -194,7 +194,10 @@ def test_a_small_step_hides_its_permutes_and_computes_attention_no_more_than_wri
         "ringjax_forward": forward * 16, "ringjax_dq": 16, "ringjax_dkv": 16,
     }  # fmt: skip
     permutes = [x for x in report.compiled.collectives if x.op == "collective-permute"]
-    assert all(any("ringjax" in name for name in x.covered_by) for x in permutes if x.times != 2)
+    # With grouped heads, of the last two hops of the keys' gradient one has nothing left to hide behind.
+    bare = [x for x in permutes if not any("ringjax" in name for name in x.covered_by)]
+    assert all(x.asynchronous for x in permutes)
+    assert sum(x.times for x in bare) <= 2 < sum(x.times for x in permutes) / 20, bare
     # The inputs of two layers, 32,768 tokens of each device by 1024, in two bytes each.
     inputs = 2 * 32_768 * 1024 * 2
     host = report.compiled.memory["host"]
