@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Container
 
 from rich import box
 from rich.console import Console
@@ -24,6 +25,7 @@ __all__ = ["PlanCommand"]
 DEFAULT_DEVICES = 8
 WIDE = 100
 SHAPE = ("heads", "kv_heads", "head_dim", "value_dim")
+OF_A_CALL = ("kv_tokens", "batch", "causal", "window", "payload", "strategy", "layout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,33 +87,47 @@ class PlanCommand:
             return
         with user_errors(ValueError):
             capacity = self._capacity()
-            chosen = None if self.tokens is None else self._plan()
+            try:
+                chosen = None if self.tokens is None else self._plan()
+            except ValueError as error:
+                raise ValueError(f"{error} {capacity.title()}." if capacity else str(error)) from error
         if self.plot is not None:
             assert chosen is not None
             _draw(chosen, self.plot)
         if self.json:
             report = {} if chosen is None else chosen.to_dict()
-            print(json.dumps(report if capacity is None else report | {"capacity": capacity.to_dict()}))
+            if capacity is not None:
+                report["capacity"] = capacity.to_dict() | {"fits": self._fits(capacity)}
+            print(json.dumps(report))
             return
         console = Console()
         if capacity is not None:
             _show_capacity(console, capacity)
+            if self._fits(capacity) is False:
+                _tell(console, ["The tokens planned below are more than fit beside the model.", ""])
         if chosen is not None:
             _show_plan(console, chosen)
 
+    def _given(self, *, but: Container[str] = (), of: Container[str] | None = None) -> str:
+        """The options that differ from their defaults, as they are written."""
+        return ", ".join(
+            f"--{f.name.replace('_', '-')}"
+            for f in dataclasses.fields(self)
+            if f.name not in but and (of is None or f.name in of) and getattr(self, f.name) != f.default
+        )
+
+    def _fits(self, capacity: Capacity) -> bool | None:
+        """Whether the planned tokens do beside the model; None where none are planned."""
+        return None if self.tokens is None else self.batch * self.tokens <= capacity.tokens
+
     def _check(self) -> None:
-        shape = [f"--{name.replace('_', '-')}" for name in SHAPE if getattr(self, name) is not None]
         if self.measure:
-            allowed = {"measure", "devices", "json"}
-            given = [
-                f"--{f.name.replace('_', '-')}"
-                for f in dataclasses.fields(self)
-                if f.name not in allowed and getattr(self, f.name) != f.default
-            ]
-            if given:
-                raise CommandError(f"--measure plans nothing, so it takes no {', '.join(given)}.")
-        elif self.model is not None and shape:
-            raise CommandError(f"--model {self.model} has its own heads: leave out {', '.join(shape)}.")
+            if given := self._given(but=("measure", "devices", "json")):
+                raise CommandError(f"--measure plans nothing, so it takes no {given}.")
+        elif self.model is not None and (shape := self._given(of=SHAPE)):
+            raise CommandError(f"--model {self.model} has its own heads: leave out {shape}.")
+        elif self.model is not None and self.tokens is None and (given := self._given(of=OF_A_CALL)):
+            raise CommandError(f"{given}: of an attention call, so give its --tokens too.")
         elif self.model is None and self.tokens is None:
             raise CommandError(
                 "what is to be planned? Give --tokens, --heads and --head-dim, or a --model, or --measure."

@@ -3,6 +3,7 @@
 import dataclasses
 import functools as ft
 import math
+import re
 from typing import Any, cast, get_args
 
 import jax.numpy as jnp
@@ -16,22 +17,22 @@ from .workload import Dtype, Workload
 
 __all__ = ["hardware_of", "planned", "with_strategy"]
 
-# How a device names itself, from the more to the less particular.
+# How a device names itself. Siblings with other memory or links (GH200, NVL and 40 GB cards) are not known.
 KINDS = {
-    "GB200": "gb200-nvl72",
-    "B200": "b200",
-    "H200": "h200-sxm",
-    "H100 PCIe": "h100-pcie",
-    "H100": "h100-sxm",
-    "A100": "a100-80gb-sxm",
-    "L40S": "l40s",
+    r"\bGB200\b": "gb200-nvl72",
+    r"\bB200\b": "b200",
+    r"\bH200\b(?! NVL)": "h200-sxm",
+    r"\bH100 PCIe\b": "h100-pcie",
+    r"\bH100\b(?! (NVL|PCIe))": "h100-sxm",
+    r"\bA100-SXM\d?-80GB\b": "a100-80gb-sxm",
+    r"\bL40S\b": "l40s",
 }
 
 
 def hardware_of(mesh: Mesh | AbstractMesh) -> str | None:
     """The name in `HARDWARE` of a mesh's devices; None where they are not known."""
     kind = device_of(mesh).kind
-    return next((name for part, name in KINDS.items() if part in kind), None)
+    return next((name for pattern, name in KINDS.items() if re.search(pattern, kind)), None)
 
 
 def planned(

@@ -94,6 +94,7 @@ class Prediction:
                     "axis_stride": t.axis.stride,
                     "count": t.count,
                     "bytes_each": t.bytes_each,
+                    "bytes_sent": t.count * t.bytes_sent,
                 }
                 for t in self.transfers
             ],
@@ -178,11 +179,17 @@ def memory(workload: Workload, choice: Choice, *, training: bool) -> dict[str, i
     if choice.strategy in ("ulysses", "usp"):
         inside = shard.split_by_heads(choice.inner)
         found["resharded"] = inside.q + inside.out
-    decoded = inside.kv if workload.payload in ("int8", "float8") else 0
+    # One from each way is decoded at a time.
+    decoded = inside.kv * (1 + choice.bidirectional) if workload.payload in ("int8", "float8") else 0
     forward = _forward_buffers(inside, choice, decoded)
     if training:
         found["kept for the backward pass"] = inside.out + inside.statistics
-        found |= max(forward, _backward_buffers(inside, workload, choice, decoded), key=_total)
+        backward = _backward_buffers(inside, workload, choice, decoded)
+        if choice.strategy == "ring_q" and choice.bidirectional:
+            # What travels in the one pass is of no use to what travels in the other.
+            found |= {name: forward.get(name, 0) + backward.get(name, 0) for name in (*forward, *backward)}
+        else:
+            found |= max(forward, backward, key=_total)
     else:
         found |= forward
     found["statistics"] = 2 * inside.statistics
@@ -200,16 +207,16 @@ def _forward_buffers(shard: Shard, choice: Choice, decoded: int) -> dict[str, in
     match choice.strategy:
         case "all_gather":
             gathered = choice.devices * (2 * shard.kv_sent + decoded) // choice.head_groups
-            pieces = shard.q + shard.kv + 2 * shard.out if choice.head_groups > 1 else 0
+            pieces = shard.q + shard.kv + shard.out if choice.head_groups > 1 else 0
             return {"gathered": gathered, "parts of heads": pieces, "accumulators": partial}
         case "ring_q":
             on_way = 2 * shard.q + 3 * F32 * shard.out_items
             on_way *= 2 if choice.bidirectional else 1
-            return {"keys and values": shard.kv, "on the way": on_way}
+            return {"keys and values": 2 * shard.kv, "on the way": on_way}
         case "double_ring":
             copies = 2
         case "ring" | "ulysses" | "usp":
-            copies = 3 if choice.bidirectional else 1
+            copies = (3 if choice.bidirectional else 1) if choice.devices > 1 else 0
     return {
         "keys and values": shard.kv + decoded,
         "on the way": copies * shard.kv_sent,
@@ -227,7 +234,9 @@ def _backward_buffers(shard: Shard, workload: Workload, choice: Choice, decoded:
             pieces = 2 * shard.q + shard.kv + 2 * shard.out if choice.head_groups > 1 else 0
             return {"gathered": gathered, "parts of heads": pieces, "accumulators": dq * wider}
         case "ulysses":
-            return {"keys and values": shard.kv + shard.kv_sent + decoded, "accumulators": dkv + dq * wider}
+            return {"keys and values": shard.kv + shard.kv_sent, "accumulators": dkv + dq * wider}
+        case _ if choice.devices == 1:
+            on_way, sums = dkv, dq
         case "double_ring":
             on_way, sums = 3 * shard.kv_sent + 4 * dkv, dq
         case "ring" | "ring_q" | "usp":

@@ -1,7 +1,6 @@
 """`ringjax.plan`: which way to distribute an attention call, and why, before anything runs."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -12,7 +11,17 @@ from .costs import Prediction, predict
 from .hardware import Hardware, get_hardware
 from .units import in_bytes, in_seconds
 from .wire import require_heads_that_split
-from .workload import MAX_DEVICES, Choice, Dtype, Payload, StrategyName, Workload, require_one_of
+from .workload import (
+    MAX_DEVICES,
+    MOST_TOKENS,
+    Choice,
+    Dtype,
+    Payload,
+    StrategyName,
+    Workload,
+    require_integer,
+    require_one_of,
+)
 
 __all__ = ["Plan", "plan"]
 
@@ -23,6 +32,7 @@ HIDDEN = 0.05
 # Returns diminish where twice the devices are less than this times as fast.
 RETURN = 1.5
 LONGEST_SHARD = 2**22
+DEVICES = 8
 LARGEST_RING = 512
 ROWS = 12
 
@@ -41,7 +51,7 @@ class Plan:
         left_out: what cannot be, with the reason.
         shortest_shard: keys per device, and queries in proportion, from which on the best one hides its
             communication; None if it never does.
-        seconds_by_ring_size: of the best candidate on 1, 2, 4, … devices.
+        seconds_by_ring_size: of the fastest way that fits, on 1, 2, 4, … devices, as far as one is found.
     """
 
     workload: Workload
@@ -57,11 +67,11 @@ class Plan:
     @property
     def largest_worthwhile_ring(self) -> int:
         """The number of devices past which twice as many are less than 1.5 times as fast."""
-        sizes = list(self.seconds_by_ring_size.items())
-        for (size, seconds), (_, doubled) in itertools.pairwise(sizes):
-            if seconds < RETURN * doubled:
+        found = self.seconds_by_ring_size
+        for size, seconds in found.items():
+            if 2 * size in found and seconds < RETURN * found[2 * size]:
                 return size
-        return sizes[-1][0]
+        return max(found)
 
     @property
     def kernel(self) -> tuple[KernelName, str]:
@@ -127,7 +137,9 @@ class Plan:
                     f"{self.shortest_shard:,} tokens per device on; here there are {shard.keys:,}."
                 )
         if (size := self.largest_worthwhile_ring) == max(self.seconds_by_ring_size):
-            lines.append(f"Returns do not diminish up to {size} devices, the most that were looked at.")
+            lines.append(
+                f"Returns do not diminish up to {size} devices, the most of those looked at that can."
+            )
         else:
             lines.append(
                 f"Returns diminish past {size} devices: twice as many are less than {RETURN} times as fast."
@@ -162,10 +174,9 @@ class Plan:
             case "compute":
                 return "Arithmetic binds: a faster kernel or more devices help, faster links do not."
             case "link":
-                return (
-                    "The links bind: longer shards (fewer devices or more tokens), fewer key/value heads or "
-                    "a smaller payload help."
-                )
+                fewer = ", fewer key/value heads" if self.best.choice.strategy != "ring_q" else ""
+                smaller = ", a smaller payload" if fewer and self.workload.payload is None else ""
+                return f"The links bind: longer shards{fewer}{smaller} or fewer devices help."
             case "memory":
                 return "Device memory's bandwidth binds: shards are too short to keep the arithmetic busy."
 
@@ -200,7 +211,7 @@ def plan(
     window: int | None = None,
     payload: Payload | None = None,
     hardware: str | Hardware = "h100-sxm",
-    devices: int = 8,
+    devices: int | None = None,
     training: bool = False,
     strategy: StrategyName | None = None,
     layout: Layout | None = None,
@@ -221,12 +232,12 @@ def plan(
         window: how many of those, its own included; None means all.
         payload: the form in which keys and values travel; None means as they are.
         hardware: a name of `ringjax.planning.HARDWARE`, `"measured"`, or facts of one's own.
-        devices: over how many devices the sequence is split.
+        devices: over how many devices the sequence is split; None means 8, or the product of `axis_sizes`.
         training: whether the backward pass counts too.
         strategy: look at this one only; None at all.
         layout: likewise.
         axis_sizes: of the mesh axes that the sequence is split over, outermost first; only what these can do
-            is looked at, and `devices` is their product. None leaves the mesh open.
+            is looked at. None leaves the mesh open.
 
     Raises:
         ValueError: a number or name is wrong, heads do not split, or no way fits into device memory; the text
@@ -252,7 +263,11 @@ def plan(
         payload=payload,
     )
     hardware = get_hardware(hardware)
-    devices = devices if axis_sizes is None else math.prod(axis_sizes)
+    product = DEVICES if axis_sizes is None else math.prod(axis_sizes)
+    devices = product if devices is None else devices
+    require_integer("devices", devices)
+    if axis_sizes is not None and devices != product:
+        raise ValueError(f"devices={devices} is not the product of axis_sizes={axis_sizes}: leave it out.")
     if not 1 <= devices <= MAX_DEVICES:
         raise ValueError(f"devices={devices}: give a number from 1 to {MAX_DEVICES}.")
     if strategy is not None:
@@ -261,13 +276,11 @@ def plan(
         require_one_of("layout", layout, LAYOUTS)
 
     left_out: dict[str, str] = {}
-    choices = [
-        choice
-        for choice in _choices(workload, hardware, devices, strategy, layout, axis_sizes, left_out)
-        if axis_sizes is None or _fits_axes(choice, axis_sizes)
-    ]
+    choices = list(_choices(workload, hardware, devices, strategy, layout, axis_sizes, left_out))
     if not choices:
-        raise ValueError("; ".join(left_out.values()) or _nothing_to_try(strategy, devices, hardware))
+        raise ValueError(
+            "; ".join(left_out.values()) or _nothing_to_try(strategy, devices, axis_sizes, hardware)
+        )
     candidates = [predict(workload, choice, hardware, training=training) for choice in choices]
     fitting = [c for c in candidates if c.memory_bytes <= hardware.memory_bytes]
     if not fitting:
@@ -288,7 +301,8 @@ def plan(
         candidates=tuple(sorted(fitting, key=lambda c: (c is not best, c.seconds))),
         left_out=left_out,
         shortest_shard=_shortest_shard(workload, best.choice, hardware, training),
-        seconds_by_ring_size=_by_ring_size(workload, hardware, training, strategy, layout),
+        seconds_by_ring_size=_by_ring_size(workload, hardware, training, strategy, layout, axis_sizes)
+        or {devices: best.seconds},
     )
 
 
@@ -323,27 +337,20 @@ def _choices(
                     yield choice
             case "usp":
                 for inner in _divisors(devices):
+                    if axis_sizes is not None and inner not in axis_sizes[1:][-1:]:
+                        continue
                     for each in layouts:
                         choice = Choice(strategy=name, devices=devices, inner=inner, layout=each)
                         if _splits(workload, choice, left_out):
                             yield choice
             case "double_ring":
                 inner = hardware.host_size if axis_sizes is None else axis_sizes[-1]
-                if 1 < inner < devices and devices % inner == 0:
+                fits = axis_sizes is None or len(axis_sizes) == 2
+                if fits and 1 < inner < devices and devices % inner == 0:
                     for each in layouts:
                         yield Choice(strategy=name, devices=devices, inner=inner, layout=each)
             case _:
                 pass
-
-
-def _fits_axes(choice: Choice, axis_sizes: tuple[int, ...]) -> bool:
-    match choice.strategy:
-        case "usp":
-            return len(axis_sizes) > 1 and choice.inner == axis_sizes[-1]
-        case "double_ring":
-            return len(axis_sizes) == 2
-        case _:
-            return True
 
 
 def _divisors(devices: int) -> list[int]:
@@ -360,26 +367,41 @@ def _splits(workload: Workload, choice: Choice, left_out: dict[str, str]) -> boo
     return True
 
 
-def _nothing_to_try(strategy: StrategyName | None, devices: int, hardware: Hardware) -> str:
-    if strategy == "double_ring":
-        return (
-            f"strategy='double_ring' needs a multiple of the {hardware.host_size} devices of a host of "
-            f"{hardware.name}, and more than one host; devices={devices}."
-        )
-    return f"strategy={strategy!r} cannot split over devices={devices}: give more, a number that is no prime."
+def _nothing_to_try(
+    strategy: StrategyName | None, devices: int, axis_sizes: tuple[int, ...] | None, hardware: Hardware
+) -> str:
+    """Why there is no choice, where not even one was left out with a reason."""
+    if strategy in ("usp", "double_ring") and axis_sizes is not None:
+        wanted = "two mesh axes" if strategy == "double_ring" else "two mesh axes or more"
+        return f"strategy={strategy!r} splits over {wanted}, each larger than 1; axis_sizes={axis_sizes}."
+    match strategy:
+        case "double_ring":
+            return (
+                f"strategy='double_ring' needs a multiple of the {hardware.host_size} devices of a host of "
+                f"{hardware.name}, and more than one host; devices={devices}."
+            )
+        case "usp":
+            return (
+                f"strategy='usp' cannot split over devices={devices}: give more, a number that is no prime."
+            )
+    return f"strategy={strategy!r} needs more than one device; devices={devices}."
 
 
 def _too_large(smallest: Prediction, hardware: Hardware) -> str:
     factor = smallest.memory_bytes / hardware.memory_bytes
+    devices = math.ceil(smallest.choice.devices * factor)
+    more = f"about {devices} devices, or " if devices <= MAX_DEVICES else ""
     return (
         f"no way fits: {smallest.choice.label} needs the least, {in_bytes(smallest.memory_bytes)} per "
-        f"device, of which {hardware.name} has {in_bytes(hardware.memory_bytes)}. Take about "
-        f"{math.ceil(smallest.choice.devices * factor)} devices, or 1/{factor:.1f} of the tokens or batch."
+        f"device, of which {hardware.name} has {in_bytes(hardware.memory_bytes)}. Take {more}"
+        f"1/{factor:.1f} of the tokens or batch."
     )
 
 
 def _shortest_shard(workload: Workload, choice: Choice, hardware: Hardware, training: bool) -> int | None:
     """By doubling, then by halving the step: to within 1/16."""
+    queries = max(1.0, workload.tokens / workload.num_keys)  # for each key
+    longest = min(LONGEST_SHARD, (MOST_TOKENS - 1) // (queries * choice.devices))
 
     def hides(shard: int) -> bool:
         kv_tokens = shard * choice.devices
@@ -391,7 +413,7 @@ def _shortest_shard(workload: Workload, choice: Choice, hardware: Hardware, trai
     shard = 128
     while not hides(shard):
         shard *= 2
-        if shard > LONGEST_SHARD:
+        if shard > longest:
             return None
     step = shard // 4
     while shard > 128 and step >= max(64, shard // 16):
@@ -407,13 +429,20 @@ def _by_ring_size(
     training: bool,
     strategy: StrategyName | None,
     layout: Layout | None,
+    axis_sizes: tuple[int, ...] | None,
 ) -> dict[int, float]:
+    """The outermost axis grows; on one device there is nothing to choose."""
+    inner = math.prod(axis_sizes[1:]) if axis_sizes else 1
     found, size = {}, 1
     while size <= min(LARGEST_RING, workload.num_keys):
-        choices = _choices(workload, hardware, size, strategy if size > 1 else None, layout, None, {})
-        predictions = [predict(workload, choice, hardware, training=training) for choice in choices]
-        if predictions:
-            found[size] = min(prediction.seconds for prediction in predictions)
+        axes = (size // inner, *axis_sizes[1:]) if axis_sizes and size % inner == 0 else None
+        if size == 1 or axis_sizes is None or axes is not None:
+            name, axes = (strategy, axes) if size > 1 else (None, None)
+            choices = _choices(workload, hardware, size, name, layout, axes, {})
+            predictions = [predict(workload, choice, hardware, training=training) for choice in choices]
+            fitting = [p.seconds for p in predictions if p.memory_bytes <= hardware.memory_bytes]
+            if fitting:
+                found[size] = min(fitting)
         size *= 2
     return found
 

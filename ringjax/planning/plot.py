@@ -18,6 +18,10 @@ def save_plot(plan: Plan, path: str | pathlib.Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'ringjax[plot]'") from error
+    if pathlib.Path(path).suffix[1:] not in (known := Figure().canvas.get_supported_filetypes()):
+        raise ValueError(
+            f"{str(path)!r}: a picture's name ends in one of {', '.join(f'.{x}' for x in known)}."
+        )
     figure = Figure(figsize=(12, 5), layout="constrained")
     times, scaling = figure.subplots(1, 2)
 
@@ -31,12 +35,12 @@ def save_plot(plan: Plan, path: str | pathlib.Path) -> None:
     times.legend()
 
     sizes = list(plan.seconds_by_ring_size)
-    alone = plan.seconds_by_ring_size[sizes[0]]
-    scaling.loglog(sizes, [alone / plan.seconds_by_ring_size[n] for n in sizes], "o-", label="predicted")
-    scaling.loglog(sizes, sizes, "--", label="ideal")
+    first = plan.seconds_by_ring_size[sizes[0]]
+    scaling.loglog(sizes, [first / plan.seconds_by_ring_size[n] for n in sizes], "o-", label="predicted")
+    scaling.loglog(sizes, [n / sizes[0] for n in sizes], "--", label="ideal")
     scaling.axvline(plan.largest_worthwhile_ring, color="gray", linewidth=0.8)
     scaling.set_xlabel("devices")
-    scaling.set_title("times as fast as one device")
+    scaling.set_title(f"times as fast as on {sizes[0]}")
     scaling.legend()
     figure.suptitle(plan.title())
     figure.savefig(path)

@@ -43,7 +43,8 @@ class Workload:
         payload: the form in which keys and values travel; None means as they are.
 
     Raises:
-        ValueError: a count below 1, heads that do not divide, a window without `causal`, an unknown name.
+        ValueError: a count that is no integer or below 1, heads that do not divide, a window without
+            `causal`, an unknown name.
     """
 
     batch: int = 1
@@ -60,10 +61,12 @@ class Workload:
 
     def __post_init__(self):
         for name in ("batch", "tokens", "kv_tokens", "heads", "kv_heads", "head_dim", "value_dim", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is None:
+                continue
+            require_integer(name, value)
+            if value < 1:
                 raise ValueError(f"{name}={value}: give at least 1.")
-            if value is not None and value >= MOST_TOKENS:
+            if value >= MOST_TOKENS:
                 raise ValueError(f"{name}={value}: positions are int32, so give less than {MOST_TOKENS:,}.")
         if self.heads % self.num_kv_heads:
             raise ValueError(
@@ -75,6 +78,7 @@ class Workload:
                 f"window={self.window} without causal: a window counts the keys up to the query's own. Say "
                 f"causal=True, or leave the window out."
             )
+        require_one_of("causal", self.causal, (True, False))
         require_one_of("dtype", self.dtype, get_args(Dtype))
         if self.payload is not None:
             require_one_of("payload", self.payload, get_args(Payload))
@@ -125,6 +129,12 @@ def require_one_of(name: str, value: object, choices: tuple) -> None:
     """Refuses what is not among the choices, and names them."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def require_integer(name: str, value: object) -> None:
+    """Refuses what is no integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}={value!r}: give an integer.")
 
 
 def _shard_length(length: int, choice: "Choice") -> int:

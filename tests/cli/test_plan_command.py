@@ -40,6 +40,15 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
         ([*CALL, "--tokens", "0"], "tokens=0: give at least 1"),
         ([*CALL, "--strategy", "ulysses", "--devices", "64"], "heads=32 do not split over 64 devices"),
         ([*CALL, "--tokens", str(2**27)], "no way fits"),
+        (
+            ["--model", "llama-3-8b", "--window", "8", "--batch", "4"],
+            "--batch, --window: of an attention call",
+        ),
+        (
+            ["--model", "llama-3-70b", "--devices", "16", "--tokens", "100000000"],
+            "of the tokens or batch. llama-3-70b, inference on 16 h100-sxm",
+        ),
+        ([*CAUSAL, "--plot", "plan"], "'plan': a picture's name ends in one of .eps, "),
         (["--measure", "--tokens", "8"], "--measure plans nothing, so it takes no --tokens"),
     ],
 )
@@ -75,7 +84,12 @@ def test_report_has_the_table_and_the_pick(capsys):
 
 def test_model_tells_how_long_a_context_fits_and_plans_its_heads(capsys):
     report = run(capsys, "--model", "llama-3-8b", "--tokens", "131072", "--training")
-    assert report["capacity"] == planning.context("llama-3-8b", training=True).to_dict()
+    capacity = planning.context("llama-3-8b", training=True)
+    assert report["capacity"] == capacity.to_dict() | {"fits": True}
+    assert not run(capsys, "--model", "llama-3-8b", "--tokens", str(2 * 10**6), "--training")["capacity"][
+        "fits"
+    ]
+    assert capacity.tokens < 2 * 10**6
     assert report["workload"]["heads"] == 32
     assert report["workload"]["causal"]
     main(["plan", "--model", "llama-3-8b"])

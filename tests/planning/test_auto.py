@@ -120,6 +120,11 @@ def test_masks_as_a_plan_knows_them(mask, expected) -> None:
         ("NVIDIA B200", "b200"),
         ("NVIDIA A100-SXM4-80GB", "a100-80gb-sxm"),
         ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA A100 80GB PCIe", None),
         ("cpu", None),
     ],
 )

@@ -214,38 +214,63 @@ def test_on_one_processor_work_adds_up_and_nothing_hides() -> None:
 
 
 KEYS, QUERIES = {"heads": 8, "kv_heads": 2}, {"heads": 4, "kv_heads": 4}  # what travels backward
+LONGER, SHORTER = KEYS | {"tokens": 32_768}, KEYS | {"tokens": 8192}
+FEW = KEYS | {"tokens": 512, "kv_tokens": 65_536, "causal": False}
+INT8 = {"payload": "int8"}
+
+
+def choice(strategy, devices: int = 8, **fields) -> Choice:
+    return Choice(strategy=strategy, devices=devices, **fields)
+
+
+# The call, how it is distributed, and whether it is the whole of training.
 MEMORY = {
-    "ring, keys back": (8192, KEYS, ring(), True),
-    "ring, longer": (32_768, KEYS, ring(), True),
-    "ring, queries back": (32_768, QUERIES, ring(), True),
-    "ring, forward": (8192, QUERIES, ring(), False),
-    "ring, longer, forward": (32_768, KEYS, ring(), False),
-    "both ways, forward": (32_768, KEYS, ring(bidirectional=True), False),
-    "both ways": (32_768, KEYS, ring(bidirectional=True), True),
-    "ring_q": (32_768, KEYS, Choice(strategy="ring_q", devices=8, layout="zigzag"), True),
-    "ring_q, forward": (32_768, KEYS, Choice(strategy="ring_q", devices=8, layout="zigzag"), False),
-    "all_gather": (32_768, KEYS, Choice(strategy="all_gather", devices=8, layout="zigzag"), True),
-    "all_gather in parts": (32_768, KEYS, Choice(strategy="all_gather", devices=8, head_groups=2), True),
-    "usp": (32_768, KEYS, Choice(strategy="usp", devices=8, inner=4, layout="zigzag"), True),
-    "ulysses": (32_768, QUERIES, Choice(strategy="ulysses", devices=4, inner=4), True),
-    "double_ring": (32_768, QUERIES, Choice(strategy="double_ring", devices=8, inner=4), True),
+    "ring, keys back": (SHORTER, ring(), True),
+    "ring, longer": (LONGER, ring(), True),
+    "ring, queries back": (QUERIES | {"tokens": 32_768}, ring(), True),
+    "ring, forward": (QUERIES | {"tokens": 8192}, ring(), False),
+    "ring, longer, forward": (LONGER, ring(), False),
+    "ring, window": (LONGER | {"window": 256}, ring(layout="contiguous"), True),
+    "ring, int8": (SHORTER | INT8, ring(layout="contiguous"), True),
+    "ring, int8, forward": (LONGER | INT8, ring(layout="contiguous"), False),
+    "one device": (QUERIES | {"tokens": 8192}, ring(1, layout="contiguous"), True),
+    "both ways, forward": (LONGER, ring(bidirectional=True), False),
+    "both ways, int8, forward": (QUERIES | INT8 | {"tokens": 32_768}, ring(bidirectional=True), False),
+    "both ways": (LONGER, ring(bidirectional=True), True),
+    "ring_q": (LONGER, choice("ring_q", layout="zigzag"), True),
+    "ring_q, forward": (LONGER, choice("ring_q", layout="zigzag"), False),
+    "ring_q, few queries, forward": (FEW, choice("ring_q"), False),
+    "ring_q both ways": (LONGER, choice("ring_q", bidirectional=True), True),
+    "ring_q both ways, forward": (LONGER, choice("ring_q", bidirectional=True), False),
+    "all_gather": (LONGER, choice("all_gather", layout="zigzag"), True),
+    "all_gather, forward": (LONGER, choice("all_gather"), False),
+    "all_gather, int8": (SHORTER | INT8, choice("all_gather"), True),
+    "all_gather in parts": (LONGER, choice("all_gather", head_groups=2), True),
+    "all_gather in parts, forward": (LONGER, choice("all_gather", head_groups=2), False),
+    "usp": (LONGER, choice("usp", inner=4, layout="zigzag"), True),
+    "usp, forward": (LONGER, choice("usp", inner=4), False),
+    "ulysses": (QUERIES | {"tokens": 32_768}, choice("ulysses", 4, inner=4), True),
+    "ulysses, forward": (QUERIES | {"tokens": 32_768}, choice("ulysses", 4, inner=4), False),
+    "ulysses, int8": (LONGER | INT8, choice("ulysses", inner=8), True),
+    "double_ring": (QUERIES | {"tokens": 32_768}, choice("double_ring", inner=4), True),
+    "double_ring, forward": (QUERIES | {"tokens": 32_768}, choice("double_ring", inner=4), False),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MEMORY)
 def test_memory_is_within_15_percent_of_the_compilers(case) -> None:
-    tokens, heads, choice, training = MEMORY[case]
-    workload = Workload(tokens=tokens, **heads, head_dim=64, dtype="float32")
-    mesh, spread = grid(**choice.axes), choice.ring()
+    call, choice, training = MEMORY[case]
+    workload = Workload(**call, head_dim=64, dtype="float32")
+    mesh, spread = grid(**choice.axes), choice.ring(payload=workload.payload)
     sharding = NamedSharding(mesh, spread.spec)
     q, kv = (
-        jax.ShapeDtypeStruct((1, tokens, n, 64), jnp.float32, sharding=sharding)
-        for n in (workload.heads, workload.num_kv_heads)
+        jax.ShapeDtypeStruct((1, length, n, 64), jnp.float32, sharding=sharding)
+        for length, n in ((workload.tokens, workload.heads), (workload.num_keys, workload.num_kv_heads))
     )
 
     def attend(q, k, v):
-        return ringjax.ring_attention(q, k, v, is_causal=True, mesh=mesh, ring=spread)
+        return ringjax.ring_attention(q, k, v, mask=workload.mask, mesh=mesh, ring=spread)
 
     if training:
         step = jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)).lower(q, kv, kv, q)

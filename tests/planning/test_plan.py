@@ -100,6 +100,23 @@ def test_shortest_shard_is_where_hiding_starts() -> None:
     assert 0.8 < made.shortest_shard / (2 * (8 / 32) * rate / width) < 2
 
 
+def test_a_shard_that_no_sequence_can_have_hides_nothing() -> None:
+    made = plan(**CALL | {"heads": 1, "kv_heads": 1, "head_dim": 8}, window=16, devices=1024, strategy="ring")
+    assert made.shortest_shard is None
+
+
+def test_only_rings_that_can_be_are_compared() -> None:
+    ulysses = plan(**CALL, strategy="ulysses")
+    assert max(ulysses.seconds_by_ring_size) == ulysses.largest_worthwhile_ring == 32
+    assert "up to 32 devices, the most of those looked at that can" in ulysses.explain()
+    assert min(plan(**CALL | {"tokens": 2**26}, devices=256).seconds_by_ring_size) > 8  # none smaller fits
+    double = plan(**CALL, strategy="double_ring", devices=64)
+    assert list(double.seconds_by_ring_size)[:2] == [1, 16]
+    assert double.largest_worthwhile_ring > 1  # 16 are no twice as many
+    grid = plan(**CALL | {"heads": 6, "kv_heads": 6}, axis_sizes=(4, 2))
+    assert "usp 2×4" not in grid.left_out
+
+
 def test_returns_diminish_earlier_for_shorter_sequences() -> None:
     sizes = [plan(**CALL | {"tokens": tokens}).largest_worthwhile_ring for tokens in (2**13, 2**16, 2**20)]
     assert sizes == sorted(sizes)
@@ -122,7 +139,11 @@ def test_facts_of_ones_own_are_taken() -> None:
     slow = dataclasses.replace(HARDWARE["h100-sxm"], name="slow", host_bandwidth=1e9)
     made = plan(**CALL, hardware=slow)
     assert made.best.bound == "link"
-    assert "The links bind" in made.explain()
+    assert (
+        "The links bind: longer shards, fewer key/value heads, a smaller payload or fewer" in made.explain()
+    )
+    queries = plan(**CALL, hardware=slow, strategy="ring_q")
+    assert "The links bind: longer shards or fewer devices help." in queries.explain()
 
 
 @pytest.mark.parametrize(
@@ -143,6 +164,15 @@ def test_facts_of_ones_own_are_taken() -> None:
         ({"strategy": "usp", "devices": 7}, "'usp' cannot split over devices=7"),
         ({"strategy": "double_ring"}, "needs a multiple of the 8 devices of a host"),
         ({"strategy": "ring_q", "payload": "int8"}, "payload='int8' is of keys"),
+        ({"strategy": "ulysses", "devices": 1}, "strategy='ulysses' needs more than one device"),
+        ({"strategy": "usp", "axis_sizes": (8,)}, r"splits over two mesh axes or more, .*axis_sizes=\(8,\)"),
+        ({"strategy": "double_ring", "axis_sizes": (2, 2, 2)}, "splits over two mesh axes, each larger"),
+        ({"devices": 16, "axis_sizes": (2, 4)}, r"devices=16 is not the product of axis_sizes=\(2, 4\)"),
+        ({"tokens": 1e6}, "tokens=1000000.0: give an integer"),
+        ({"heads": 8.0}, "heads=8.0: give an integer"),
+        ({"devices": 8.0}, "devices=8.0: give an integer"),
+        ({"causal": "no"}, "causal='no' is not known; choose one of True, False"),
+        ({"tokens": 2**31 - 1, "devices": 1024}, r"80 GB. Take 1/1\.\d of the tokens or batch"),
         (
             {"tokens": 2**26},
             r"no way fits: ring, contiguous needs the least, \d+ GB per device, of which h100-sxm has 80 GB. "

@@ -119,6 +119,27 @@ CASES = {
     "usp 4×2": (SMALL, Choice(strategy="usp", devices=8, inner=2)),
     "double_ring 2×4": (SMALL, Choice(strategy="double_ring", devices=8, inner=4, layout="zigzag")),
     "double_ring 4×2": (SMALL, Choice(strategy="double_ring", devices=8, inner=2)),
+    "double_ring, int8": (
+        dataclasses.replace(SMALL, payload="int8"),
+        Choice(strategy="double_ring", devices=8, inner=4),
+    ),
+    "double_ring, few queries": (
+        dataclasses.replace(SMALL, tokens=16, kv_tokens=384, causal=False),
+        Choice(strategy="double_ring", devices=8, inner=2),
+    ),
+    "double_ring, window": (
+        dataclasses.replace(SMALL, window=20),
+        Choice(strategy="double_ring", devices=8, inner=2),
+    ),
+    "ulysses, int8": (
+        dataclasses.replace(SMALL, payload="int8"),
+        Choice(strategy="ulysses", devices=4, inner=4),
+    ),
+    "usp, window": (dataclasses.replace(SMALL, window=20), Choice(strategy="usp", devices=8, inner=2)),
+    "ring_q, window": (
+        dataclasses.replace(SMALL, window=20),
+        Choice(strategy="ring_q", devices=8, layout="zigzag"),
+    ),
 }
 
 
