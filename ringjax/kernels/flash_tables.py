@@ -262,10 +262,18 @@ HALF: dict[Chip, dict[int, Launch]] = {
 # No chip has tensor cores for it, and operands are held in registers.
 FLOAT32: dict[int, Launch] = {
     64: Launch(BlockSizes(q=32, kv=32), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
+    128: Launch(
+        BlockSizes(q=16, kv=16),
+        forward=Pass(8),
+        dq=Pass(8, stages=1, blocks=BlockSizes(q=32, kv=16)),
+        dkv=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=64)),
+        bias=Pass(8, stages=1),
+    ),
     256: Launch(
         BlockSizes(q=16, kv=16),
         forward=Pass(8),
-        dq=Pass(8, stages=1),
-        dkv=Pass(8, stages=1, blocks=BlockSizes(q=32, kv=16)),
+        dq=Pass(8, stages=1, blocks=BlockSizes(q=32, kv=16)),
+        dkv=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=32)),
+        bias=Pass(8, stages=1),
     ),
 }

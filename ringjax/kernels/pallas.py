@@ -297,7 +297,7 @@ def _dbias_columns_program(meeting: "_Meeting", ids, into, refs: "_Refs", result
         def body(visit, total):
             here = meeting.with_queries(refs, at, visits.block(visit), member)
             rows = meeting.load_queries(refs, here)
-            # As in `_dkv_program`: what stays is the first operand.
+            # What stays is the first operand, as in `_dkv_program`; the second takes too many registers.
             dlogits = _dlogits(meeting, refs, rows, keys, values, here, masked, keys_first=True)
             return total + dlogits.sum(axis=1)
 
@@ -606,15 +606,18 @@ class _Meeting:
     def _operand(self, ref, refs: _Refs, at: _At, keys_first: bool) -> jax.Array:
         """The block of a mask or bias, as it broadcasts to queries by keys, or keys by queries.
 
-        Of what is broadcast along one side a vector is loaded: that of a row or column stays the same in a loop,
-        and a tile of it would pass through shared memory, which costs the other operands their registers.
+        Of what has one side a vector is loaded. A tile of it would stay the same in a loop and go through
+        shared memory before: operands of float32 products would then wait in registers for a barrier.
         """
         block = _load(ref, *self._operand_index(ref, refs, at, keys_first))
         of_queries = ref.shape[2] > 1
         return _along(block, int(of_queries == keys_first)) if block.ndim == 1 else block
 
     def _operand_index(self, ref, refs: _Refs, at: _At, keys_first: bool, *, owned: bool = False):
-        """Which elements of a mask or bias a block is, and which of those are inside, as of `_inside`."""
+        """Which elements of a mask or bias a block is, and which of those are inside, as of `_inside`.
+
+        Both have the axes along which it is not broadcast.
+        """
         sides = (self.q_cut, at.q, int(keys_first)), (self.kv_cut, at.kv, int(not keys_first))
         long = [i for i in range(2) if ref.shape[2 + i] > 1]
         spread = _along if len(long) == 2 else lambda x, axis: x
@@ -624,7 +627,7 @@ class _Meeting:
             indices[i] = spread(self._index(cut, block) + refs.numbers[i], axis)
             if (some := self._inside(cut, block, owned=owned)) is not None:
                 insides.append(spread(some, axis))
-        shape = jnp.broadcast_shapes(*(index.shape for index in indices))
+        shape: Any = jnp.broadcast_shapes(*(index.shape for index in indices))
         inside = ft.reduce(lambda a, b: _both(a, b, shape), insides, None)
         whole = [jnp.broadcast_to(x, shape) for x in (at.batch, at.head, *indices)]
         return tuple(_of(ref, axis, x) for axis, x in enumerate(whole)), inside
@@ -651,7 +654,7 @@ class _Meeting:
         """What the backward pass needs of a block of queries; nothing flows through rows that met no key.
 
         `as_is` leaves `dout` where it lies, for a matrix product to take it from there; what comes of such
-        rows is then the caller's to take out.
+        rows is then the caller's to take out, by `without_empty`.
         """
         q = self.load_rows(refs.q, at, self.head_size)
         lse, delta = (self.load_statistic(ref, at) for ref in (refs.lse, refs.delta))

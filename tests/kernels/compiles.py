@@ -112,7 +112,7 @@ def check(row: Row) -> dict[str, aot.Kernel]:
         assert kernel.instructions["atomics"] == kernel.instructions["tf32"] == 0, (name, kernel)
         blocks, how = launch(row, name.removeprefix("ringjax_"))
         assert (kernel.instructions["cp.async"] > 0) == (how.stages > 1), (name, kernel)
-        # A warp group of Hopper multiplies 64 rows at once: keys where those are summed for, queries elsewhere.
+        # A warp group of Hopper multiplies 64 rows at once: keys where those stay, queries elsewhere.
         of_keys = name == "ringjax_dkv" or (name, row.features) == ("ringjax_dbias", "bias NS")
         large = (blocks.kv if of_keys else blocks.q) >= 64
         mma = MMA[row.target] if large else "mma.sync"

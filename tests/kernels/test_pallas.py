@@ -1,7 +1,7 @@
 """The Pallas kernel, interpreted on the CPU: the tests of any kernel, a matrix of features, and its tables.
 
 What interpretation cannot see (TF32, shapes that Triton refuses, registers) is for the compiles of
-tests/planning/test_aot.py.
+tests/kernels/test_compiles.py.
 """
 
 import dataclasses
