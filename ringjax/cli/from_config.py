@@ -35,7 +35,9 @@ def parse(cls: type[T], name: str, arguments: Sequence[str]) -> T:
         with user_errors(ConfigError, OSError):
             default = make(config=path, settings=read_config(path))
     elif not {"-h", "--help"} & set(arguments):
-        raise CommandError(f"{name} what? Give a config first: ringjax {name} configs/code-tiny.toml")
+        asked = "the config comes before the options" if arguments else f"{name} what? Give a config first"
+        example = " ".join([f"ringjax {name} configs/code-tiny.toml", *arguments[:1]])
+        raise CommandError(f"{asked}: {example}")
     with user_errors(ConfigError):
         return tyro.cli(
             cls,

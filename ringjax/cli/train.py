@@ -1,7 +1,6 @@
 """`ringjax train`: a run from a config, with its progress."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from ..models.checkpoints import CheckpointError
 from ..planning.units import in_bytes
+from ..training.as_json import to_json
 from ..training.config import TrainingConfig
 from ..training.observer import Observer, StepReport
 from ..training.sections import DataOptions, ModelOptions, RunOptions, TrainOptions
@@ -85,7 +85,7 @@ class Train:
             report = train(self.settings, display)
         if jax.process_index() == 0:
             if self.json:
-                print(json.dumps(report))
+                print(to_json(report))
             else:
                 _show(Console(), report)
         if report["stopped"] is not None:
@@ -232,6 +232,8 @@ def _show(console: Console, report: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("steps", f"{report['steps']:,} of {report['tokens_per_step']:,} tokens")
     table.add_row("parameters", f"{report['parameters']:,}")
+    if report["skipped"]:
+        table.add_row("skipped steps", f"{report['skipped']:,}")
     if report["held_out"]:
         first, last = report["held_out"][0], report["held_out"][-1]
         table.add_row("held-out loss", f"{first['loss']:.4f} → {last['loss']:.4f}")

@@ -149,8 +149,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; a model's embedding may have more rows."""
-        return self._backend.get_vocab_size()
+        """The highest id and one more; there may be fewer tokens, and a model's embedding more rows."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of a text; no token is added before or after it.

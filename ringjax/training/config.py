@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from ..models.config import DecoderConfig
 from ..ring import Ring
 from .sections import (
     DataOptions,
@@ -64,6 +65,27 @@ class TrainingConfig:
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} are more than train.steps "
                 f"{self.train.steps}."
             )
+        if self.model.checkpoint is None:
+            self.check_split(self.model.decoder_config(length))
+
+    def check_split(self, decoder: DecoderConfig) -> None:
+        """Raises where the mesh cannot split a model of this shape.
+
+        Raises:
+            ConfigError: key/value heads or sizes do not divide over an axis of the mesh.
+        """
+        for key, axes in (
+            ("num_kv_heads", ("tensor",)),
+            ("intermediate_size", ("tensor",)),
+            ("hidden_size", ("tensor", "ring")),
+        ):
+            for axis in axes:
+                if (value := getattr(decoder, key)) % (size := getattr(self.mesh, axis)):
+                    more = "mesh.outer" if axis == "ring" else "mesh.ring"
+                    raise ConfigError(
+                        f"the model's {key} {value} does not divide over mesh.{axis} {size}. Take a divisor "
+                        f"of {value} there, and more devices for {more}."
+                    )
 
     def make_ring(self) -> Ring:
         """The ring, over the axes of `MeshOptions`."""

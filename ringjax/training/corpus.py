@@ -25,11 +25,16 @@ __all__ = ["STDLIB", "ByteCodec", "Codec", "Corpus", "TextCodec", "open_codec", 
 STDLIB = "stdlib"
 NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test")
 BINARY_PROBE = 8192
+MOST_NAMED = 3
 Progress = Callable[[int, int], None]
 
 
 class Codec(Protocol):
-    """What makes tokens of a document and text of tokens."""
+    """What makes tokens of a document and text of tokens.
+
+    Attributes:
+        vocab_size: the highest token and one more.
+    """
 
     vocab_size: int
 
@@ -99,7 +104,7 @@ def open_codec(name: str, end_token: str | None = None, fetching: Fetching | Non
 
     Args:
         name: `"bytes"`, `"embedded"` (that of SmolLM2-135M-Instruct), a `tokenizer.json`, or whatever
-            `open_checkpoint` takes.
+            `open_checkpoint` takes; `~` is the home folder.
         end_token: as in `TextCodec`.
         fetching: the progress of `embedded_model_path`.
 
@@ -115,9 +120,10 @@ def open_codec(name: str, end_token: str | None = None, fetching: Fetching | Non
             )
         return ByteCodec()
     if name.endswith(".json"):
-        if not pathlib.Path(name).is_file():
+        file = os.path.expanduser(name)
+        if not os.path.isfile(file):
             raise ValueError(f"data.tokenizer {name!r}: there is no such file.")
-        return TextCodec(Tokenizer.from_file(name, special_tokens={}), end_token)
+        return TextCodec(Tokenizer.from_file(file, special_tokens={}), end_token)
     path = embedded_model_path(fetching) if name == "embedded" else name
     return TextCodec(open_checkpoint(path).tokenizer(), end_token)
 
@@ -167,8 +173,9 @@ def read_corpus(
 ) -> Corpus:
     """Reads and tokenizes all documents, in the order of their paths; the tokens are held in memory.
 
-    Hidden files and folders, empty files, links that lead nowhere, and files with a zero byte near the
-    beginning are passed over.
+    A file that is found more than once, through overlapping paths or links, is read once. Documents of fewer
+    than two tokens, in which there is nothing to predict, are passed over, and in folders hidden files and
+    folders, links that lead nowhere, and files that are empty or have a zero byte near the beginning.
 
     Args:
         paths: files and folders; `"stdlib"` is the modules of the running Python's standard library, its
@@ -179,22 +186,39 @@ def read_corpus(
         progress: is told the files read so far and in all.
 
     Raises:
-        ValueError: a path is missing, or there are no documents.
+        ValueError: a path is missing, a file given by its name has no documents, or there are none at all.
     """
-    files = [file for path in paths for file in _find_files(path, include, exclude)]
+    files: dict[pathlib.Path, tuple[str, pathlib.Path]] = {}
+    for path in paths:
+        for name, file in _find_files(path, include, exclude):
+            files.setdefault(file.resolve(), (name, file))
+    given = {_expanded(path).resolve() for path in paths}
+    without: list[pathlib.Path] = []
     dtype = np.uint16 if codec.vocab_size <= 2**16 else np.int32
     names: list[str] = []
     pieces: list[np.ndarray] = []
-    for done, (name, file) in enumerate(files):
+    for done, (resolved, (name, file)) in enumerate(files.items()):
         progress(done, len(files))
+        before = len(names)
         for suffix, document in _documents(file):
-            names.append(name + suffix)
-            pieces.append(np.array(codec.encode(document), dtype))
+            if len(tokens := codec.encode(document)) > 1:
+                names.append(name + suffix)
+                pieces.append(np.array(tokens, dtype))
+        if len(names) == before:
+            if resolved in given:
+                raise ValueError(
+                    f"data.paths {str(file)!r} {_why_without(file)}. Leave it out, or give its folder, in "
+                    f"which such files are passed over."
+                )
+            without.append(file)
     progress(len(files), len(files))
     if not names:
+        reasons = [f"{str(file)!r} {_why_without(file)}" for file in without[:MOST_NAMED]]
+        if (more := len(without) - MOST_NAMED) > 0:
+            reasons.append(f"and {more} more")
         raise ValueError(
             f"data.paths {', '.join(paths)}: no documents in {len(files)} files that match data.include "
-            f"{', '.join(include)}."
+            f"{', '.join(include)}{': ' if reasons else ''}{'; '.join(reasons)}."
         )
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return Corpus(tokens=np.concatenate(pieces), offsets=offsets, names=tuple(names))
@@ -239,7 +263,7 @@ def _find_files(
     if path == STDLIB:
         root, exclude, kind = pathlib.Path(sysconfig.get_path("stdlib")), (*NOT_STDLIB, *exclude), "*.py"
     else:
-        root, kind = pathlib.Path(path).expanduser(), "*"
+        root, kind = _expanded(path), "*"
     if root.is_file():
         yield root.name, root
         return
@@ -263,8 +287,25 @@ def _documents(file: pathlib.Path) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(content.splitlines(), 1):
             if line.strip():
                 yield f":{number}", _text_of(line, f"{file}:{number}")
-    elif content and b"\0" not in content[:BINARY_PROBE]:
+    elif content and not _is_binary(content):
         yield "", content
+
+
+def _is_binary(content: bytes) -> bool:
+    return b"\0" in content[:BINARY_PROBE]
+
+
+def _why_without(file: pathlib.Path) -> str:
+    content = file.read_bytes()
+    if not content.strip():
+        return "is empty"
+    if _is_binary(content):
+        return "is binary: it has a zero byte near its beginning"
+    return "has no document of two tokens or more"
+
+
+def _expanded(path: str) -> pathlib.Path:
+    return pathlib.Path(os.path.expanduser(path))
 
 
 def _text_of(line: bytes, where: str) -> bytes:

@@ -13,16 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..planning.units import in_bytes
 from .batch import Batch
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .data import Batches
 from .evaluation import HeldOut
 from .folder import RunFolder
-from .metrics import MetricsLog
+from .metrics import MetricsLog, read_metrics
 from .observer import Observer, StepReport
 from .optimizer import SpikeGuard, make_optimizer, make_schedule
 from .processes import highest
+from .remat import check_remat
 from .report import make_report
 from .setup import Setup, make_mesh, prepare
 from .state import abstract_state, init_state
@@ -31,6 +33,7 @@ from .step import make_train_step
 __all__ = ["TrainingError", "train"]
 
 MOST_SKIPPED = 20
+ADVICE = "Look at the data, or begin in another folder (--run.directory) with a lower learning rate."
 # Of the steps before, that the speed is an average of.
 SPEED_OF = 8
 
@@ -53,7 +56,7 @@ def train(config: TrainingConfig, observer: Observer = Observer()) -> dict[str, 
 
     Raises:
         ValueError: something in the config does not fit the files, the devices or the folder.
-        TrainingError: too many steps in a row had to be skipped.
+        TrainingError: too many steps in a row had to be skipped, or all the last ones.
         DamagedError: no checkpoint of the run can be read.
         OtherModelError: its checkpoints are of another model.
         CheckpointError: the model to begin with cannot be read.
@@ -61,6 +64,7 @@ def train(config: TrainingConfig, observer: Observer = Observer()) -> dict[str, 
     mesh = make_mesh(config.mesh)
     folder = RunFolder(pathlib.Path(config.run.directory).expanduser())
     folder.check(config)
+    check_remat(config.train.remat, mesh)
     observer.phase("Reading the data")
     run = _Run(prepare(config, mesh, observer), folder, observer)
     # Nothing is written before here.
@@ -71,7 +75,10 @@ def train(config: TrainingConfig, observer: Observer = Observer()) -> dict[str, 
         run.begin(found)
         stopped = run.train(found)
         totals = run.totals | stopped
-        return make_report(run.setup, folder, run.held_out, run.state.parameters, observer.phase, totals)
+        report = make_report(run.setup, folder, run.held_out, run.state.parameters, observer.phase, totals)
+        if stopped["stopped"] is None:
+            run.check_end()
+        return report
 
 
 class _Run:
@@ -94,6 +101,8 @@ class _Run:
             **where,
         )
         self.held_out = None if setup.held_out is None else HeldOut(setup)
+        if jax.process_count() > 1 and config.evaluation.sample_tokens:
+            _check_gathered(self.like, setup.mesh.local_devices[0].memory_stats())
         self.guard = SpikeGuard(config.optimizer.spike_factor)
         self.first, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.speed: list[float] = []
@@ -106,11 +115,18 @@ class _Run:
         self.observer.phase("Making the model")
         restored = checkpoints.restore(self.like, self.observer.note)
         if restored is None:
+            if logged := len(read_metrics(self.folder.metrics)):
+                self.observer.note(
+                    f"there is no checkpoint: beginning anew, without the {logged} lines of metrics of before"
+                )
             seed, parameters = config.train.seed, self.setup.parameters
             self.state = init_state(*self.parts, ring=ring, mesh=mesh, seed=seed, parameters=parameters)
+            del parameters
         else:
             self.first, self.state = restored.step, restored.state
             self._resume(restored.extra)
+        # Those of a checkpoint would else stay in memory until the run's end.
+        self.setup = dataclasses.replace(self.setup, parameters=None)
         self.observer.phase(f"Compiling the step for {mesh.size} devices")
         start = time.perf_counter()
         shapes = Batch.shapes(config.data.batch_size, config.data.sequence_length, mesh=mesh, ring=ring)
@@ -128,8 +144,31 @@ class _Run:
             )
         self.batches.set_state(extra["data"])
         self.guard = SpikeGuard(self.config.optimizer.spike_factor, [(s, n) for s, n in extra["norms"]])
-        self.skipped = extra["skipped"]
-        self.observer.note(f"going on after step {self.first} of {self.config.train.steps}")
+        self.skipped, self.skipped_in_a_row = extra["skipped"], extra.get("skipped_in_a_row", 0)
+        before, steps = extra["config"]["train"]["steps"], self.config.train.steps
+        self.observer.note(f"going on after step {self.first} of {steps}")
+        if steps != before:
+            old, new = (
+                float(np.asarray(make_schedule(self.config.optimizer, count)(self.first - self.skipped)))
+                for count in (before, steps)
+            )
+            self.observer.note(
+                f"train.steps was {before} and is {steps}, over which the learning rate falls: it goes on "
+                f"with {new:.3g} instead of {old:.3g}"
+            )
+
+    def check_end(self) -> None:
+        """Whether what was trained can be trusted.
+
+        Raises:
+            TrainingError: no step was taken, or the last ones were all skipped.
+        """
+        # A single one can be the last by chance.
+        if self.skipped_in_a_row > 1 or self.skipped == self.config.train.steps:
+            raise TrainingError(
+                f"the run ended with {self.skipped_in_a_row} skipped steps in a row, of {self.skipped} "
+                f"skipped in all and {self.config.train.steps} steps. {ADVICE}"
+            )
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -139,10 +178,14 @@ class _Run:
             "steps_wanted": self.config.train.steps,
             "tokens_per_step": self.tokens,
             "tokens_per_device": self.tokens_per_device,
-            "tokens_per_second": self.tokens / _mean(self.speed) if self.speed else None,
+            "tokens_per_second": self.tokens / _mean(self.speed) if self.speed else self._logged_speed(),
             "memory_per_device": self.memory,
             "compile_seconds": self.compile_seconds,
         }
+
+    def _logged_speed(self) -> float | None:
+        lines = reversed(read_metrics(self.folder.metrics))
+        return next((line["tokens_per_second"] for line in lines if "tokens_per_second" in line), None)
 
     def train(self, checkpoints: Checkpoints) -> dict[str, Any]:
         """Steps until the last one, or until a signal asks to stop; says which."""
@@ -218,7 +261,7 @@ class _Run:
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise TrainingError(
                 f"{MOST_SKIPPED} steps in a row had to be skipped, up to step {step + 1}: the last norm "
-                f"{why}. Lower optimizer.learning_rate, or look at the data."
+                f"{why}. {ADVICE}"
             )
 
     def _due(self, step: int) -> bool:
@@ -236,6 +279,7 @@ class _Run:
             "data": self.batches.get_state(),
             "norms": self.guard.norms,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "corpus": self.fingerprint,
             # With the seeds, from which all that is random is made anew.
             "config": dataclasses.asdict(self.config),
@@ -273,6 +317,26 @@ def _stopping() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_gathered(state: Any, memory: dict[str, int] | None) -> None:
+    """Raises where all parameters do not fit beside a device's part of the state, as a sample takes them.
+
+    Only several processes do: one of them alone takes the parameters through the host's memory.
+
+    Raises:
+        ValueError: they do not; a device that does not tell its memory is trusted.
+    """
+    size = lambda leaf, shape: math.prod(shape) * leaf.dtype.itemsize
+    whole = sum(size(leaf, leaf.shape) for leaf in jax.tree.leaves(state.parameters))
+    held = sum(size(leaf, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
+    limit = (memory or {}).get("bytes_limit", math.inf)
+    if whole + held > limit:
+        raise ValueError(
+            f"evaluation.sample_tokens: for a sample each device would take all parameters, "
+            f"{in_bytes(whole)} beside the {in_bytes(held)} of its part of the state, and it has "
+            f"{in_bytes(limit)}. Set evaluation.sample_tokens 0."
+        )
 
 
 def _memory(step: Any) -> int:

@@ -1,13 +1,13 @@
 """Metrics of a run, as JSON lines and for TensorBoard."""
 
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 
+from .as_json import to_json
 from .drafts import write_whole
 
 __all__ = ["MetricsLog", "read_metrics"]
@@ -69,24 +69,27 @@ class MetricsLog:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a file, none if there is no file; a last line that was cut off is left out."""
+    """The lines of a file, none if there is no file; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: another line is none of metrics.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]
-    return [{key: _number(value) for key, value in json.loads(line).items()} for line in lines]
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    return [_read(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+
+
+def _read(line: str, where: str) -> dict[str, Any]:
+    try:
+        values = {key: _number(value) for key, value in json.loads(line).items()}
+        return values | {"step": int(values["step"])}
+    except (ValueError, AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{where} is none of metrics: {line[:40]!r}. Take it out.") from error
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    # JSON has no word for what is not finite; as a text it stays readable to all.
-    return (
-        json.dumps(
-            {
-                key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in values.items()
-            }
-        )
-        + "\n"
-    )
+    return to_json(dict(values)) + "\n"
 
 
 def _number(value: Any) -> Any:

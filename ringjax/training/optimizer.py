@@ -25,7 +25,7 @@ class SpikeGuard:
     before it has ended, and a run that was cut off has the limits that it would have had.
 
     Args:
-        factor: how many times; None sets no limit.
+        factor: how many times; infinity sets no limit.
         norms: what `norms` was where the run was cut off.
 
     Example:
@@ -36,7 +36,7 @@ class SpikeGuard:
         (inf, 20.0)
     """
 
-    def __init__(self, factor: float | None, norms: Iterable[tuple[int, float]] = ()):
+    def __init__(self, factor: float, norms: Iterable[tuple[int, float]] = ()):
         self.factor, self._norms = factor, collections.deque(norms, maxlen=MEDIAN_OF + 1)
 
     @property
@@ -50,8 +50,10 @@ class SpikeGuard:
 
     def limit(self, step: int) -> float:
         """That of a step; infinite while too few are known."""
-        known = [norm for at, norm in self._norms if at < step - 1 and math.isfinite(norm)][-MEDIAN_OF:]
-        if self.factor is None or len(known) < FEWEST:
+        last = step - 1
+        # By step: after a resume one more is kept than the run would have that was not cut off.
+        known = [n for at, n in self._norms if last - MEDIAN_OF <= at < last and math.isfinite(n)]
+        if math.isinf(self.factor) or len(known) < FEWEST:
             return math.inf
         return self.factor * statistics.median(known)
 

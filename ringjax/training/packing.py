@@ -1,7 +1,8 @@
 """Documents to rows of one length: long documents are split, short ones share a row.
 
 Each token is the input of one place, and each but the first of its document the target of one: the last
-token of a piece has the first of the next one as its target.
+token of a piece has the first of the next one as its target. A last token that would be a piece alone is no
+input, as it has no target; so every row has targets.
 """
 
 import bisect
@@ -32,7 +33,7 @@ def empty_row(length: int) -> Batch:
 
 
 def pieces(documents: Sequence[int], sizes: Sequence[int], length: int) -> list[Piece]:
-    """The documents, cut every `length` tokens.
+    """The documents, cut every `length` tokens; a piece without targets is left out.
 
     Args:
         documents: their indices.
@@ -42,11 +43,13 @@ def pieces(documents: Sequence[int], sizes: Sequence[int], length: int) -> list[
     Example:
         >>> [tuple(piece) for piece in pieces([3], [10], length=4)]
         [(3, 0, 4), (3, 4, 4), (3, 8, 2)]
+        >>> [tuple(piece) for piece in pieces([3], [9], length=4)]
+        [(3, 0, 4), (3, 4, 4)]
     """
     return [
         Piece(int(document), start, min(length, int(size) - start))
         for document, size in zip(documents, sizes, strict=True)
-        for start in range(0, int(size), length)
+        for start in range(0, int(size) - 1, length)
     ]
 
 
@@ -59,9 +62,9 @@ def pack(found: Sequence[Piece], length: int) -> list[list[Piece]]:
         Ding et al., "Fewer Truncations Improve Language Modeling", arXiv:2404.10830, §3.2.
 
     Example:
-        >>> rows = pack(pieces([0, 1, 2, 3], [5, 9, 3, 2], length=8), length=8)
+        >>> rows = pack(pieces([0, 1, 2, 3], [5, 10, 3, 2], length=8), length=8)
         >>> [[tuple(piece) for piece in row] for row in rows]
-        [[(1, 0, 8)], [(0, 0, 5), (2, 0, 3)], [(3, 0, 2), (1, 8, 1)]]
+        [[(1, 0, 8)], [(0, 0, 5), (2, 0, 3)], [(1, 8, 2), (3, 0, 2)]]
     """
     rows: list[list[Piece]] = []
     # Rows by the room they have left, and these rooms in order.

@@ -24,7 +24,8 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
     axes.set(xlabel="step", ylabel="loss in nats per token")
-    axes.legend()
+    if trained or held_out:
+        axes.legend()
     figure.savefig(path, dpi=150)
 
 

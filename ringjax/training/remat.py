@@ -62,6 +62,6 @@ def check_remat(remat: Remat, mesh: Mesh | AbstractMesh) -> None:
     """
     if remat.startswith("offload") and isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu":
         raise NotImplementedError(
-            f"StepOptions(remat={remat!r}) moves arrays to the host's memory, and CPUs have no other: XLA "
-            f"compiles that for accelerators only. Take remat={remat.removeprefix('offload_')!r} here."
+            f"remat {remat!r}, a config's train.remat, moves arrays to the host's memory, and CPUs have no "
+            f"other: XLA compiles that for accelerators only. Take {remat.removeprefix('offload_')!r} here."
         )

@@ -51,16 +51,12 @@ def make_report(
         "packing": setup.training.num_tokens / (len(setup.training) * setup.training.length),
         "jax": jax.__version__,
     }
-    if totals["stopped"] is None:
-        if held_out is not None:
-            phase("Measuring the held-out loss by position")
-            by_position = held_out.by_position(parameters)
-            report["by_position"] = dataclasses.asdict(by_position) | {"gain": by_position.gain}
-            if jax.process_index() == 0:
-                draw_by_position(by_position, setup.training.length, folder.position_picture)
-        if setup.config.evaluation.sample_tokens:
-            phase("Writing a sample")
-            report["sample"] = write_sample(setup, parameters)
+    if totals["stopped"] is None and held_out is not None:
+        phase("Measuring the held-out loss by position")
+        by_position = held_out.by_position(parameters)
+        report["by_position"] = dataclasses.asdict(by_position) | {"gain": by_position.gain}
+        if jax.process_index() == 0:
+            draw_by_position(by_position, setup.training.length, folder.position_picture)
     if jax.process_index() == 0:
         metrics = read_metrics(folder.metrics)
         losses = [line for line in metrics if "loss" in line]
@@ -73,6 +69,11 @@ def make_report(
         ]
         draw_losses(metrics, folder.loss_picture)
     folder.write_report(report)
+    if totals["stopped"] is None and setup.config.evaluation.sample_tokens:
+        # Last, and into a report that is there already: several processes need the most memory for it.
+        phase("Writing a sample")
+        report["sample"] = write_sample(setup, parameters)
+        folder.write_report(report)
     return report
 
 
@@ -97,7 +98,8 @@ def write_sample(setup: Setup, parameters: Any) -> dict[str, str]:
         dtype=setup.options.dtype,
     )
     sampler = Sampler(temperature=options.temperature)
+    most = min(options.sample_tokens, length - len(prompt))
     generation = engine.generate(
-        prompt.tolist(), max_tokens=options.sample_tokens, sampler=sampler, seed=setup.config.train.seed
+        prompt.tolist(), max_tokens=most, sampler=sampler, seed=setup.config.train.seed
     )
     return {"prompt": setup.codec.decode(prompt), "text": setup.codec.decode(list(generation))}

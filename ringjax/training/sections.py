@@ -38,6 +38,13 @@ def _at_least(section: Any, name: str, least: int, *keys: str) -> None:
             raise ConfigError(f"{name}.{key} is {value}; it takes at least {least}.")
 
 
+def _positive(section: Any, name: str, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name}.{key} is {value}; it takes a positive number.")
+
+
 def _seed(section: Any, name: str) -> None:
     if not 0 <= section.seed <= MOST_SEED:
         raise ConfigError(f"{name}.seed is {section.seed}; it takes a number from 0 to {MOST_SEED}.")
@@ -73,6 +80,7 @@ class ModelOptions:
     """Whether the output head is the embedding; by default false."""
 
     def __post_init__(self):
+        _positive(self, "model", "rope_theta", "rms_norm_eps")
         given = [name for name in GEOMETRY if getattr(self, name) is not None]
         if self.checkpoint is not None:
             if shape := [f"model.{name}" for name in given if name != "rope_theta"]:
@@ -218,14 +226,12 @@ class OptimizerOptions:
     """Of all matrices; norms are left alone."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
-    spike_factor: float | None = 10.0
-    """A step is skipped whose gradient's norm is more than so many times the median of the steps before. One
-    with a gradient that is not finite is always skipped."""
+    spike_factor: float = 10.0
+    """A step is skipped whose gradient's norm is more than so many times the median of the steps before; inf
+    sets no limit. One with a gradient that is not finite is always skipped."""
 
     def __post_init__(self):
-        for name in ("learning_rate", "epsilon", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; it takes a positive number.")
+        _positive(self, "optimizer", "learning_rate", "epsilon", "clip_norm")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(
@@ -237,8 +243,10 @@ class OptimizerOptions:
             )
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}; it takes 0 or more.")
-        if self.spike_factor is not None and not self.spike_factor > 1:
-            raise ConfigError(f"optimizer.spike_factor is {self.spike_factor}; it takes a number above 1.")
+        if not self.spike_factor > 1:
+            raise ConfigError(
+                f"optimizer.spike_factor is {self.spike_factor}; it takes a number above 1, or inf."
+            )
         _at_least(self, "optimizer", 0, "warmup_steps")
 
 
@@ -280,7 +288,8 @@ class EvaluationOptions:
     """The final loss by position is measured a second time with a context cut to so many tokens, to see what
     the long one is worth; by default a 16th of the sequence."""
     sample_tokens: int = 256
-    """Length of the text that the model writes at the end; 0 writes none."""
+    """Length of the text that the model writes at the end, where the context does not end before; 0 writes
+    none."""
     temperature: float = 0.7
     """Of that text; 0 always takes the most probable token."""
 

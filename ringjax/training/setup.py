@@ -103,6 +103,7 @@ def prepare(config: TrainingConfig, mesh: Mesh, observer: Observer = Observer())
         observer: is told how much was fetched and read.
 
     Raises:
+        ConfigError: the mesh cannot split the model.
         ValueError: the data are missing or too few, or the model does not suit them.
         CheckpointError: the checkpoint or tokenizer cannot be read.
         NotImplementedError: a checkpoint with parts that the decoder lacks.
@@ -113,10 +114,11 @@ def prepare(config: TrainingConfig, mesh: Mesh, observer: Observer = Observer())
         observer.fetching(done, total)
 
     decoder, checkpoint = decoder_of(config.model, data.sequence_length, fetching)
+    config.check_split(decoder)
     codec = open_codec(data.tokenizer, data.end_token, fetching)
     if codec.vocab_size > decoder.vocab_size:
         raise ValueError(
-            f"data.tokenizer {data.tokenizer!r} has {codec.vocab_size} tokens, but the model's vocabulary "
+            f"data.tokenizer {data.tokenizer!r} needs a vocabulary of {codec.vocab_size}, but the model's is "
             f"{decoder.vocab_size}. Give model.vocab_size {codec.vocab_size} or more, or the model's own "
             f"tokenizer."
         )

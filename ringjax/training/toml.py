@@ -110,7 +110,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if not fits:
         names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
         raise ConfigError(f"{where} is {_shown(value)}; it takes {names[kind]}.")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise ConfigError(f"{where} is an integer that is too large for a number.") from error
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from compile_cache import compiled_in
 from rich.console import Console
 
 from ringjax.cli import main
-from ringjax.cli.train import Display
+from ringjax.cli.train import Display, _show
 from ringjax.training.config import read_config
 from ringjax.training.observer import StepReport
 
@@ -46,7 +46,7 @@ every = 3
 rows = 2
 bins = 4
 short_context = 16
-sample_tokens = 8
+sample_tokens = 80
 
 [run]
 directory = "RUN"
@@ -81,11 +81,14 @@ def refused(capsys, *arguments: str) -> str:
             "data.sequence_length 64 does not fit the mesh: zigzag layout over a ring of 3",
         ),
         (["--mesh.ring", "16"], "mesh.ring 16 asks for 16 devices, and JAX has 8"),
-        (["--train.remat", "offload_inputs"], "Take remat='inputs' here."),
+        (
+            ["--train.remat", "offload_inputs", "--data.paths", "nowhere"],
+            "remat 'offload_inputs', a config's train.remat, moves",
+        ),
         (["--run.directory", "."], "holds something that is no run"),
         (
             ["--model.vocab-size", "256"],
-            "data.tokenizer 'bytes' has 257 tokens, but the model's vocabulary 256",
+            "data.tokenizer 'bytes' needs a vocabulary of 257, but the model's is 256",
         ),
         (["--evaluation.temperature", "nan"], "evaluation.temperature is nan; it takes at least 0."),
         (["--model.checkpoint", "x"], "model.checkpoint 'x' has its own shape"),
@@ -105,6 +108,7 @@ def test_wrong_input_is_refused_in_one_line(capsys, config, tmp_path, monkeypatc
 
 def test_without_a_config_it_is_asked_for(capsys):
     assert "train what? Give a config first" in refused(capsys)
+    assert "the config comes before the options: ringjax train " in refused(capsys, "--json", "some.toml")
     assert "nothing.toml: there is no such config." in refused(capsys, "nothing.toml")
 
 
@@ -132,11 +136,13 @@ def test_a_run_shows_its_progress_and_leaves_what_it_promises(capsys, config, tm
     with compiled_in(tmp_path_factory.getbasetemp() / "compiled"):
         main(["train", config, "--data.seed", "3"])
         shown = capsys.readouterr()
+        shown_first = shown.out
         assert "held-out loss after step 0: " in shown.err
         assert "step 1 of 6: loss " in shown.err
         assert "32 tokens and " in shown.err
         assert "cut to 16 tokens" in shown.out
         assert "gains" in shown.out
+        speed = json.loads((tmp_path / "run" / "report.json").read_text())["tokens_per_second"]
         # A run that has ended has nothing to do but to report.
         main(["train", config, "--data.seed", "3", "--json"])
     shown = capsys.readouterr()
@@ -145,6 +151,11 @@ def test_a_run_shows_its_progress_and_leaves_what_it_promises(capsys, config, tm
     assert report == json.loads((run / "report.json").read_text())
     assert read_config(run / "config.toml").data.seed == 3
     assert report["steps"] == 6
+    assert report["tokens_per_second"] == speed > 0
+    screen = io.StringIO()
+    _show(Console(file=screen), report | {"skipped": 2})
+    assert "skipped steps" in screen.getvalue()
+    assert "skipped steps" not in shown_first
     assert [held["step"] for held in report["held_out"]] == [0, 3, 6]
     assert report["by_position"]["starts"] == [0, 16, 32, 48]
     assert report["by_position"]["loss"][0] == report["by_position"]["short_loss"][0] is not None

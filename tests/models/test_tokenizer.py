@@ -327,6 +327,10 @@ class TestGGUFFields:
         assert not smollm.add_bos
         assert smollm.vocab_size == 49152
 
+    def test_ids_with_holes_are_all_below_the_vocabulary_size(self) -> None:
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 90_000}, unk_token="a"))
+        assert Tokenizer(backend, special_tokens={}).vocab_size == 90_001
+
     def test_end_of_turn_ids_of_the_file_stop(self) -> None:
         fields = byte_level_fields("llama-bpe", ggml__eos_token_id=5, ggml__eot_token_id=6)
         tokenizer = Tokenizer.from_gguf_fields(fields)

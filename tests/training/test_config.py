@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import inspect
+import math
 import pathlib
+import typing
 
 import pytest
 from hypothesis import given, strategies as st
@@ -58,6 +60,24 @@ def test_there_are_configs():
 def test_configs_are_read_and_come_back_from_what_is_written(read, path):
     config = read_config(path)
     assert read(to_toml(config)) == config
+
+
+def test_a_limit_that_is_switched_off_comes_back_from_what_is_written(read):
+    config = read(TEXT + "[optimizer]\nspike_factor = inf\n")
+    assert config.optimizer.spike_factor == math.inf
+    assert read(to_toml(config)) == config
+
+
+def test_none_is_a_default_alone_because_it_is_not_written():
+    for section in typing.get_type_hints(TrainingConfig).values():
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            assert type(None) not in typing.get_args(hints[field.name]) or field.default is None
+
+
+def test_configs_of_many_hosts_write_no_sample():
+    for config in map(read_config, CONFIGS):
+        assert not (config.mesh.num_devices > 8 and config.evaluation.sample_tokens)
 
 
 def test_what_a_name_says_is_so():
@@ -130,6 +150,15 @@ def test_every_key_is_explained():
             "[run]",
             "[optimizer]\nwarmup_steps = 11\n[run]",
             "optimizer.warmup_steps 11 are more than train.steps",
+        ),
+        ("[run]", "[optimizer]\nspike_factor = 1\n[run]", "takes a number above 1, or inf."),
+        ("[run]", f"[optimizer]\nlearning_rate = 1{'0' * 400}\n[run]", "too large for a number"),
+        ("[mesh]", "rms_norm_eps = inf\n[mesh]", "model.rms_norm_eps is inf; it takes a positive number."),
+        ("ring = 4", "tensor = 8", "the model's num_kv_heads 4 does not divide over mesh.tensor 8. Take a"),
+        (
+            "hidden_size = 32",
+            "hidden_size = 30\nhead_dim = 8",
+            "the model's hidden_size 30 does not divide over mesh.ring 4. Take .* devices for mesh.outer.",
         ),
         ("[run]", "[run", "is no TOML"),
     ],

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -32,7 +33,8 @@ from ringjax.training.sections import (
     RunOptions,
     TrainOptions,
 )
-from ringjax.training.toml import to_toml
+from ringjax.training.state import TrainState
+from ringjax.training.toml import ConfigError, to_toml
 
 STEPS = 6
 MODEL = ModelOptions(
@@ -182,6 +184,47 @@ def test_the_folder_of_another_run_is_left_alone(make_config, tmp_path):
         loop.train(make_config("thesis/thesis.tex"))
 
 
+def test_a_config_that_no_run_wrote_is_left_alone(make_config, tmp_path):
+    config, path = make_config(), tmp_path / "run" / "config.toml"
+    path.parent.mkdir()
+    path.write_text(f"# my notes\n{to_toml(config)}")
+    with pytest.raises(ValueError, match="holds a config.toml that no run wrote"):
+        loop.train(config)
+    assert path.read_text().startswith("# my notes")
+    # Before runs left a mark in theirs, they left checkpoints too.
+    (path.parent / "checkpoints").mkdir()
+    with loop.RunFolder(path.parent).ours(config):
+        pass
+    shutil.rmtree(path.parent / "checkpoints")
+    loop.RunFolder(path.parent).check(config)
+
+
+def test_what_a_run_has_done_is_not_undone(make_config, tmp_path):
+    config = make_config()
+    folder = loop.RunFolder(tmp_path / "run")
+    with folder.ours(config):
+        (folder.checkpoints / "5").mkdir(parents=True)
+    written = folder.config.read_bytes()
+    with pytest.raises(ValueError, match=r"train.steps is 2, but the run in run.directory .* has done 5"):
+        loop.train(make_config(steps=2))
+    folder.metrics.write_text('{"step": 1, "loss": 2.0}\nno metrics\n{"ste')
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics.jsonl is none of metrics: 'no metrics'"):
+        loop.train(config)
+    assert folder.config.read_bytes() == written
+
+
+def test_a_folder_that_cannot_be_made_is_named(make_config, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with (
+        pytest.raises(ValueError, match=r"run.directory '.*run' cannot be made: Permission denied. Name"),
+        loop.RunFolder(tmp_path / "run").ours(make_config()),
+    ):
+        pass
+
+
 def test_a_run_under_way_keeps_others_out_of_its_folder(make_config, tmp_path):
     config = make_config()
     folder = loop.RunFolder(pathlib.Path(config.run.directory))
@@ -196,26 +239,70 @@ def test_a_run_under_way_keeps_others_out_of_its_folder(make_config, tmp_path):
         assert folder.config.is_file()
 
 
-def test_what_cannot_be_trained_leaves_no_folder(make_config, tmp_path):
+def test_what_cannot_be_trained_leaves_no_folder(make_config, tmp_path, monkeypatch):
     config = make_config()
     for section, key, value, message in (
         ("data", "paths", ("nowhere",), "data.paths 'nowhere': there is no such file"),
-        ("model", "vocab_size", 200, "has 257 tokens, but the model's vocabulary 200"),
+        ("model", "vocab_size", 200, "needs a vocabulary of 257, but the model's is 200"),
         ("mesh", "ring", 16, "mesh.ring 16 asks for 16 devices, and JAX has 8"),
     ):
         changed = dataclasses.replace(getattr(config, section), **{key: value})
         with pytest.raises(ValueError, match=message):
             loop.train(dataclasses.replace(config, **{section: changed}))
+    # A checkpoint's shape is known when it is opened, which is before the data are read.
+    monkeypatch.setattr("ringjax.training.setup.decoder_of", lambda *_: (MODEL.decoder_config(64), None))
+    checkpoint = dataclasses.replace(
+        config,
+        model=ModelOptions(checkpoint="x"),
+        mesh=MeshOptions(ring=2, tensor=4),
+        data=dataclasses.replace(config.data, paths=("nowhere",)),
+    )
+    with pytest.raises(ConfigError, match="the model's num_kv_heads 2 does not divide over mesh.tensor 4"):
+        loop.train(checkpoint)
     assert not (tmp_path / "run").exists()
 
 
-def test_documents_that_changed_are_told(make_config, tmp_path, corpus):
+def test_what_changed_since_a_run_began_is_told(make_config, tmp_path, corpus, monkeypatch):
     mine = tmp_path / "mine"
     shutil.copytree(corpus, mine)
     config = make_config()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=(str(mine),)))
     with pytest.raises(Crash):
         loop.train(config, Recorder({3: crash}))
+    # As far as the compiling only.
+    longer, anew = Recorder(), Recorder()
+    longer.phase = lambda text: crash() if text.startswith("Compiling") else None
+    with pytest.raises(Crash):
+        loop.train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=12)), longer)
+    rates = [float(make_schedule(config.optimizer, steps)(2)) for steps in (12, 6)]
+    assert longer.notes == [
+        "going on after step 2 of 12",
+        "train.steps was 6 and is 12, over which the learning rate falls: it goes on with {:.3g} instead of "
+        "{:.3g}".format(*rates),
+    ]
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy, ignore=shutil.ignore_patterns("checkpoints"))
+    setups, prepare, alive = [], loop.prepare, []
+
+    def note_and_crash(text):
+        if text.startswith("Compiling"):
+            alive.extend(setup() for setup in setups)
+            crash()
+
+    anew.phase = note_and_crash
+
+    def prepare_and_watch(*arguments):
+        setup = prepare(*arguments)
+        setups.append(weakref.ref(setup))
+        return setup
+
+    monkeypatch.setattr(loop, "prepare", prepare_and_watch)
+    with pytest.raises(Crash):
+        loop.train(
+            dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(copy))), anew
+        )
+    assert anew.notes == ["there is no checkpoint: beginning anew, without the 3 lines of metrics of before"]
+    assert alive == [None]  # nobody keeps the parameters of a model to begin with
     (mine / "00.txt").write_text("another text")
     with pytest.raises(ValueError, match="the documents of data.paths are no longer those"):
         loop.train(config)
@@ -239,13 +326,39 @@ def test_steps_that_cannot_be_trusted_change_nothing_and_end_the_run_in_time(mak
     ]
     assert {name for name in sums[0] if sums[0][name] != sums[1][name]} == {"step"}
 
+    # Those before the checkpoint count after a resume; fewer at the end of a run are told at its end.
+    with pytest.raises(loop.TrainingError, match="up to step 4: "):
+        loop.train(config)
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 20)
+    with pytest.raises(loop.TrainingError, match="ended with 4 skipped steps in a row, of 4 skipped in all"):
+        loop.train(config)
+    assert json.loads((pathlib.Path(config.run.directory) / "report.json").read_text())["skipped"] == 4
+
+
+def test_parameters_must_fit_a_device_before_a_sample_takes_them_all():
+    mesh = jax.make_mesh((2,), ("ring",), devices=jax.devices()[:2])
+    split = jax.NamedSharding(mesh, jax.P("ring"))
+    leaf = jax.ShapeDtypeStruct((500,), np.float32, sharding=split)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), np.int32, sharding=jax.NamedSharding(mesh, jax.P())), leaf, leaf
+    )
+    loop._check_gathered(state, None)
+    loop._check_gathered(state, {"bytes_limit": 4004})
+    with pytest.raises(ValueError, match=r"2 kB beside the 2 kB .* Set evaluation.sample_tokens 0"):
+        loop._check_gathered(state, {"bytes_limit": 4003})
+
 
 def test_a_skipped_step_leaves_the_schedule_where_it_is(make_config, monkeypatch):
     monkeypatch.setattr(SpikeGuard, "limit", lambda self, step: 0.0 if step == 2 else math.inf)
     config, first, second = make_config(), Recorder({5: crash}), Recorder()
     with pytest.raises(Crash):
         loop.train(config, first)
-    loop.train(config, second)
+    # What fails in the sample, which needs the most memory, leaves a report.
+    monkeypatch.setattr("ringjax.training.report.write_sample", lambda *_: crash())
+    evaluation = dataclasses.replace(config.evaluation, sample_tokens=100)
+    with pytest.raises(Crash):
+        loop.train(dataclasses.replace(config, evaluation=evaluation), second)
+    assert json.loads((pathlib.Path(config.run.directory) / "report.json").read_text())["steps"] == STEPS
     schedule = make_schedule(config.optimizer, STEPS)
     rates = {report.step: report.learning_rate for report in (*first.steps, *second.steps)}
     assert rates == pytest.approx(
@@ -265,7 +378,17 @@ def test_the_limit_is_a_multiple_of_the_usual_norm_and_knows_it_again():
     for step in range(12, 60):
         guard.observe(step, 1000.0)
     assert guard.limit(60) == 4000.0  # what stays becomes usual
-    assert SpikeGuard(None, guard.norms).limit(60) == math.inf
+    assert SpikeGuard(math.inf, [(step, 0.0) for step in range(33)]).limit(33) == math.inf
+
+
+@pytest.mark.parametrize("cut", range(34, 44))
+def test_the_limit_is_the_same_after_a_resume(cut):
+    norms = [math.nan if step == 5 else float(step) for step in range(50)]
+    whole, resumed = SpikeGuard(4.0), SpikeGuard(4.0, list(enumerate(norms))[:cut][-33:])
+    for step in range(cut - 1):
+        whole.observe(step, norms[step])
+    # The whole run does not wait for the step before.
+    assert resumed.limit(cut) == whole.limit(cut)
 
 
 def test_the_learning_rate_rises_and_falls():

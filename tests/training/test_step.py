@@ -236,7 +236,7 @@ def test_offloading_moves_what_it_names_to_the_host(remat: Any, offloaded: set[s
 
 
 def test_offloading_is_refused_on_cpus() -> None:
-    with pytest.raises(NotImplementedError, match="Take remat='inputs_attention' here"):
+    with pytest.raises(NotImplementedError, match="Take 'inputs_attention' here"):
         make_train_step(
             MAKE_MODEL,
             RECORD,
