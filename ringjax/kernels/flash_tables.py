@@ -265,8 +265,13 @@ FLOAT32: dict[int, Launch] = {
     128: Launch(
         BlockSizes(q=16, kv=16),
         forward=Pass(8),
-        dq=Pass(8, stages=1, blocks=BlockSizes(q=32, kv=16)),
-        dkv=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=64)),
+        dq=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=32)),
+        dkv=Pass(
+            8,
+            stages=1,
+            blocks=BlockSizes(q=16, kv=32),
+            rich=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=64)),
+        ),
         bias=Pass(8, stages=1),
     ),
     256: Launch(

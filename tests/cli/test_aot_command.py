@@ -97,7 +97,7 @@ def test_keys_of_a_config_can_be_overridden() -> None:
         ([LLAMA, "--target.hardware", "h100"], "hardware 'h100' is not known"),
         ([LLAMA, "--mesh.ring", "12"], "does not fit the mesh"),
         ([LLAMA, "--target.hosts", "3"], "devices=8 do not divide over 3"),
-        (["--json"], "aot what? Give a config first"),
+        ([], "aot what? Give a config first"),
     ],
 )
 def test_wrong_configs_are_one_line(arguments, message) -> None:

@@ -1,6 +1,8 @@
 """Rows of the table of `compiles`, on GPUs that are not here: registers, spills, tensor cores; tokamax."""
 
 import importlib.util
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import compiles
 import jax
@@ -26,7 +28,7 @@ CHOSEN = [
     (192, "float16", "causal"),
     (256, "bfloat16", "mask"),
     (64, "float32", "alibi"),
-    (128, "float32", "bias NT"),
+    (128, "float32", "mask"),
     (256, "float32", "bias NS"),
 ]
 
@@ -51,6 +53,17 @@ def test_a_tile_that_the_chip_cannot_share_is_refused_by_the_compiler() -> None:
 )
 @pytest.mark.parametrize("target", ["h100-sxm", "gb200-nvl72"])
 def test_the_ring_compiles_with_the_kernels_of_tokamax(target) -> None:
+    # A process that has assembled Mosaic's code for one chip does not for another.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        launches, asynchronous, others = pool.submit(with_tokamax, target).result()
+    assert launches >= 3  # forward, and two going back
+    assert asynchronous
+    assert not others
+
+
+def with_tokamax(target: str) -> tuple[int, bool, list[str]]:
+    """How many kernels of Mosaic there are, whether all collectives are asynchronous, and our own kernels."""
+    jax.config.update("jax_platforms", "cpu")
     mesh = aot.mesh_for(target, {"ring": 4}, hosts=1)
     ring = Ring(layout="zigzag", strategy="ring", kernel="tokamax")
     x = jax.ShapeDtypeStruct((1, 4 * 1024, 8, 128), jnp.bfloat16, sharding=ring.spec)
@@ -60,12 +73,11 @@ def test_the_ring_compiles_with_the_kernels_of_tokamax(target) -> None:
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(dout)
 
-    # What JAX has lowered for another target it would take for this one too.
-    jax.clear_caches()
     # tokamax asks the default device what it can do.
     with jax.default_device(mesh.devices.flat[0]):
         report = aot.compile_for(target, both, *[x] * 4, mesh=mesh)
-    # A kernel forward, and two going back.
-    assert report.executable.as_text().count('custom_call_target="mosaic_gpu_v2"') >= 3
-    assert all(collective.asynchronous for collective in report.collectives)
-    assert not any(kernel.name.startswith("ringjax") for kernel in report.kernels)
+    return (
+        report.executable.as_text().count('custom_call_target="mosaic_gpu_v2"'),
+        all(collective.asynchronous for collective in report.collectives),
+        [kernel.name for kernel in report.kernels if kernel.name.startswith("ringjax")],
+    )
