@@ -13,6 +13,7 @@ from ..layouts import Layout
 from ..planning import Capacity, Plan, context, plan
 from ..planning.capacity import get_model
 from ..planning.hardware import Hardware, Overhead, save_measured
+from ..planning.plan import DEVICES
 from ..planning.units import in_bytes
 from ..planning.workload import Dtype, Payload, StrategyName
 from ..ring import Ring
@@ -22,7 +23,6 @@ from .errors import CommandError, user_errors
 
 __all__ = ["PlanCommand"]
 
-DEFAULT_DEVICES = 8
 WIDE = 100
 SHAPE = ("heads", "kv_heads", "head_dim", "value_dim")
 OF_A_CALL = ("kv_tokens", "batch", "causal", "window", "payload", "strategy", "layout")
@@ -140,7 +140,7 @@ class PlanCommand:
     def _capacity(self) -> Capacity | None:
         if self.model is None:
             return None
-        devices = DEFAULT_DEVICES if self.devices is None else self.devices
+        devices = DEVICES if self.devices is None else self.devices
         return context(self.model, self.hardware, devices, training=self.training, dtype=self.dtype)
 
     def _plan(self) -> Plan:
@@ -165,7 +165,7 @@ class PlanCommand:
             window=self.window,
             payload=self.payload,
             hardware=self.hardware,
-            devices=DEFAULT_DEVICES if self.devices is None else self.devices,
+            devices=self.devices,
             training=self.training,
             strategy=self.strategy,
             layout=self.layout,

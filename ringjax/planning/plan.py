@@ -433,17 +433,17 @@ def _by_ring_size(
 ) -> dict[int, float]:
     """The outermost axis grows; on one device there is nothing to choose."""
     inner = math.prod(axis_sizes[1:]) if axis_sizes else 1
-    found, size = {}, 1
-    while size <= min(LARGEST_RING, workload.num_keys):
-        axes = (size // inner, *axis_sizes[1:]) if axis_sizes and size % inner == 0 else None
-        if size == 1 or axis_sizes is None or axes is not None:
-            name, axes = (strategy, axes) if size > 1 else (None, None)
-            choices = _choices(workload, hardware, size, name, layout, axes, {})
-            predictions = [predict(workload, choice, hardware, training=training) for choice in choices]
-            fitting = [p.seconds for p in predictions if p.memory_bytes <= hardware.memory_bytes]
-            if fitting:
-                found[size] = min(fitting)
-        size *= 2
+    found = {}
+    for size in (2**i for i in range(min(LARGEST_RING, workload.num_keys).bit_length())):
+        if size > 1 and size % inner:
+            continue
+        name, axes = None, None
+        if size > 1:
+            name, axes = strategy, axis_sizes and (size // inner, *axis_sizes[1:])
+        choices = _choices(workload, hardware, size, name, layout, axes, {})
+        predictions = [predict(workload, choice, hardware, training=training) for choice in choices]
+        if fitting := [p.seconds for p in predictions if p.memory_bytes <= hardware.memory_bytes]:
+            found[size] = min(fitting)
     return found
 
 
