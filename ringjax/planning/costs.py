@@ -216,7 +216,7 @@ def _forward_buffers(shard: Shard, choice: Choice, decoded: int) -> dict[str, in
         case "double_ring":
             copies = 2
         case "ring" | "ulysses" | "usp":
-            copies = (3 if choice.bidirectional else 1) if choice.devices > 1 else 0
+            copies = 3 if choice.bidirectional else 1
     return {
         "keys and values": shard.kv + decoded,
         "on the way": copies * shard.kv_sent,

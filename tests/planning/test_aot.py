@@ -152,6 +152,16 @@ def test_forward_hides_its_permutes_and_takes_two_shards_and_an_accumulator() ->
     assert compiled("h100-sxm", backward=True).memory["temporaries"] <= 265e6
 
 
+def test_a_ptxas_that_is_too_old_gives_way_to_the_next(tmp_path, monkeypatch) -> None:
+    said = "8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads; Used 40 registers"
+    for name, answer in (("old", "fatal: Unsupported .version 9.4"), ("new", said)):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{answer}' >&2\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(aot, "_every_ptxas", lambda: (str(tmp_path / "old"), str(tmp_path / "new")))
+    found = aot._assembled(tmp_path / "kernel.ptx", ".target sm_90a")
+    assert found == {"registers": 40, "stack": 8, "spills": 16}
+
+
 @waits
 @pytest.mark.slow
 def test_a_kernel_that_cannot_gives_way_to_one_that_can() -> None:

@@ -234,8 +234,10 @@ MEMORY = {
     "ring, int8": (SHORTER | INT8, ring(layout="contiguous"), True),
     "ring, int8, forward": (LONGER | INT8, ring(layout="contiguous"), False),
     "one device": (QUERIES | {"tokens": 8192}, ring(1, layout="contiguous"), True),
+    "one device, forward": (QUERIES | {"tokens": 8192}, ring(1, layout="contiguous"), False),
     "both ways, forward": (LONGER, ring(bidirectional=True), False),
     "both ways, int8, forward": (QUERIES | INT8 | {"tokens": 32_768}, ring(bidirectional=True), False),
+    "both ways, int8": (QUERIES | INT8 | {"tokens": 32_768}, ring(bidirectional=True), True),
     "both ways": (LONGER, ring(bidirectional=True), True),
     "ring_q": (LONGER, choice("ring_q", layout="zigzag"), True),
     "ring_q, forward": (LONGER, choice("ring_q", layout="zigzag"), False),
@@ -279,7 +281,7 @@ def test_memory_is_within_15_percent_of_the_compilers(case) -> None:
     found = step.compile().memory_analysis()
     actual = found.temp_size_in_bytes + found.argument_size_in_bytes + found.output_size_in_bytes
     predicted = sum(memory(workload, choice, training=training).values())
-    if choice.bidirectional and not training and jax.__version_info__ < (0, 11):
+    if choice.bidirectional and (not training or workload.payload) and jax.__version_info__ < (0, 11):
         # This compiler copies what travels both ways; the newest, and the one for GPUs, do not.
         assert actual > 0.85 * predicted
     else:

@@ -44,6 +44,12 @@ def test_plain_numbers_survive_json() -> None:
     assert math.isclose(best["link_seconds"], best["hidden_seconds"] + best["exposed_seconds"])
 
 
+def test_transfers_add_up_to_what_is_sent() -> None:
+    for candidate in plan(**CALL, training=True).candidates:
+        told = candidate.to_dict()
+        assert sum(t["bytes_sent"] for t in told["transfers"]) == pytest.approx(told["bytes_sent"])
+
+
 def test_more_tokens_than_positions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tokens=2147483648: positions are int32, so give less than 2,147"):
         plan(**CALL | {"tokens": 2**31})
