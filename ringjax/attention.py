@@ -508,7 +508,7 @@ def _with_kernel(ring: Ring, rule, operands, dtype, head_sizes: tuple[int, int],
     """`ring`, with a kernel and its block sizes in place of defaults; `head_sizes` are H and Hv."""
     kernel = ring.kernel
     if kernel == "auto":
-        kernel, _ = choose_kernel(rule, operands, dtype, device)
+        kernel, _ = choose_kernel(rule, operands, dtype, head_sizes, device)
     prepare_kernel(kernel)
     block_sizes = ring.block_sizes or default_block_sizes(kernel, device, dtype, head_sizes)
     return dataclasses.replace(ring, kernel=kernel, block_sizes=block_sizes)

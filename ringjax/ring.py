@@ -1,6 +1,8 @@
 """`Ring`: how a sequence is distributed over a mesh axis, and the arrays in and out of that order."""
 
 import dataclasses
+import functools as ft
+import importlib.metadata
 import math
 from typing import Any, Literal, get_args
 
@@ -51,8 +53,11 @@ class Ring:
         head_groups: `"all_gather"` gathers keys and values in so many pieces, one after the other, and so
             needs as many times less memory for them.
         kernel: how one shard meets one shard. `"blockwise"` is plain XLA, for any device and feature;
-            `"pallas"` is a fused kernel for NVIDIA GPUs, which a CPU interprets, slowly. `"auto"` takes that
-            on GPUs where it supports the call.
+            `"pallas"` is a fused kernel for NVIDIA GPUs, which a CPU interprets, slowly; `"cudnn"` leaves to
+            cuDNN, in half precision, what meetings of shards are full or causal, and the rest to
+            `"pallas"`, but its gradients may differ in their last bits from run to run; `"tokamax"` is the
+            package of that name. `"auto"` takes `"pallas"` on GPUs, `"cudnn"` on Hopper, where they support
+            the call.
         block_sizes: tiles inside the kernel; None takes the table's entry for the device. `"pallas"` rounds
             them down to powers of two.
         batch_axes: mesh axes that the batch is split over.
@@ -263,7 +268,23 @@ def device_of(mesh: Mesh | AbstractMesh) -> Device:
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
     if device is None:
         device = jax.devices()[0]
-    return Device(platform=device.platform, kind=device.device_kind)
+    return Device(platform=device.platform, kind=device.device_kind, has_cudnn=_has_cudnn(device))
+
+
+def _has_cudnn(device: Any) -> bool:
+    """Whether a GPU is one of those here, not one to compile for, and cuDNN is here too."""
+    if device.platform not in ("gpu", "cuda") or not _is_cudnn_installed():
+        return False
+    if isinstance(device, jax.Device):
+        return device in jax.devices()
+    return any(device.device_kind == found.device_kind for found in jax.devices())
+
+
+@ft.cache
+def _is_cudnn_installed() -> bool:
+    """As it is with `jax[cuda12]` and `jax[cuda13]`."""
+    found = importlib.metadata.distributions
+    return any(True for cuda in (12, 13) for _ in found(name=f"nvidia-cudnn-cu{cuda}"))
 
 
 def shard_sequence(

@@ -20,6 +20,9 @@ NUM_DEVICES = 8
 # Before any backend starts: pytest reads this file before it imports a test.
 jax.config.update("jax_platforms", PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu")
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+if PLATFORM != "cpu":
+    # What is around attention, a layer's projections say, is not to be rounded to TF32.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 hypothesis.settings.register_profile(
     "ci",

@@ -13,17 +13,19 @@ from .base import (
     BlockSizes as BlockSizes,
     Device as Device,
     Gradients as Gradients,
+    HeadSizes as HeadSizes,
     KernelName as KernelName,
     Operands as Operands,
     Rule as Rule,
     Tile as Tile,
 )
-from .flash_tables import launch_of
+from .flash_tables import Chip, chip_of, launch_of
 
 __all__ = [
     "BlockSizes",
     "Device",
     "Gradients",
+    "HeadSizes",
     "KernelName",
     "Operands",
     "Rule",
@@ -40,8 +42,10 @@ def get_kernel(name: KernelName) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def choose_kernel(rule: Rule, operands: Operands, dtype: DTypeLike, device: Device) -> tuple[KernelName, str]:
-    """What `kernel="auto"` means, and why: `"pallas"` on GPUs where that can, `"blockwise"` elsewhere."""
+def choose_kernel(
+    rule: Rule, operands: Operands, dtype: DTypeLike, head_sizes: HeadSizes, device: Device
+) -> tuple[KernelName, str]:
+    """What `kernel="auto"` means, and why: on GPUs the fastest that can, `"blockwise"` elsewhere."""
     if device.platform not in ("gpu", "cuda"):
         return "blockwise", f"XLA's own operations, for {device.platform} devices"
     try:
@@ -51,9 +55,18 @@ def choose_kernel(rule: Rule, operands: Operands, dtype: DTypeLike, device: Devi
     nowhere: Any = np.zeros((1, 0), np.int32)
     nobody = Tokens(nowhere)
     tile = Tile(q=nobody, kv=nobody, operands=operands, rule=rule, block_sizes=BlockSizes(), device=device)
-    if reason := kernel.supports(tile, dtype, device.platform):
+    about = tile, dtype, device.platform, head_sizes
+    if reason := kernel.supports(*about):
         return "blockwise", reason.partition(";")[0]
-    return "pallas", "one fused kernel a pass, for all that this call asks"
+    if not device.has_cudnn or chip_of(device) not in CUDNN_IS_FASTER:
+        return "pallas", "one fused kernel a pass, for all that this call asks"
+    if reason := get_kernel("cudnn").supports(*about):
+        return "pallas", f"one fused kernel a pass; {reason.partition(';')[0]}"
+    return "cudnn", "cuDNN's attention where shards meet in full or causally, kernel 'pallas' elsewhere"
+
+
+# As measured, see README; on other chips nobody has looked.
+CUDNN_IS_FASTER: tuple[Chip, ...] = ("hopper",)
 
 
 def prepare_kernel(kernel: KernelName) -> None:
@@ -63,9 +76,11 @@ def prepare_kernel(kernel: KernelName) -> None:
 
 
 def default_block_sizes(
-    kernel: KernelName, device: Device, dtype: DTypeLike, head_sizes: tuple[int, int]
+    kernel: KernelName, device: Device, dtype: DTypeLike, head_sizes: HeadSizes
 ) -> BlockSizes:
     """The table's entry; `head_sizes` are H and Hv."""
-    if kernel == "pallas":
+    if kernel in ("pallas", "cudnn"):
         return launch_of(device, dtype, head_sizes).block_sizes
+    if kernel == "blockwise" and device.platform in ("gpu", "cuda"):
+        return BlockSizes(q=1024, kv=1024)  # a GPU launches each block by itself, and waits in between
     return BlockSizes()

@@ -4,7 +4,7 @@ A kernel is a module with three functions:
 
     forward(q, kv, tile, into)                         -> Partial, `into` and this shard's keys merged
     backward(q, kv, lse, delta, dout, tile, into)      -> Gradients, `into` and what this meeting adds
-    supports(tile, dtype, platform)                    -> None, or the reason why not
+    supports(tile, dtype, platform, head_sizes)        -> None, or the reason why not; of H and Hv
 
 with `q` and `dout` as `B T N H`, and keys and values fused on their last axis and head by head, `kv`
 `B K S (H + Hv)`: the form in which they travel, so that no kernel needs a copy of a shard to take them apart,
@@ -29,6 +29,7 @@ __all__ = [
     "BlockSizes",
     "Device",
     "Gradients",
+    "HeadSizes",
     "KernelName",
     "Operands",
     "Rule",
@@ -42,7 +43,8 @@ __all__ = [
     "visits",
 ]
 
-KernelName = Literal["blockwise", "pallas", "tokamax"]
+KernelName = Literal["blockwise", "pallas", "cudnn", "tokamax"]
+HeadSizes = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,10 +61,15 @@ class BlockSizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a kernel runs on, in JAX's words: `platform` ("cpu", "gpu" ...) and `kind` ("NVIDIA H100 ...")."""
+    """What a kernel runs on, in JAX's words: `platform` ("cpu", "gpu" ...) and `kind` ("NVIDIA H100 ...").
+
+    Attributes:
+        has_cudnn: whether it is here, and NVIDIA's cuDNN with it.
+    """
 
     platform: str = "cpu"
     kind: str = "cpu"
+    has_cudnn: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

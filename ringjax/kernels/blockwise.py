@@ -23,6 +23,7 @@ from ..partials import Partial
 from .base import (
     Blocks,
     Gradients,
+    HeadSizes,
     Tile,
     accumulator_dtype,
     add_block,
@@ -35,9 +36,9 @@ from .base import (
 __all__ = ["backward", "forward", "supports"]
 
 
-def supports(tile: Tile, dtype: DTypeLike, platform: str) -> str | None:
+def supports(tile: Tile, dtype: DTypeLike, platform: str, head_sizes: HeadSizes) -> str | None:
     """None, or the reason why not; there is none here."""
-    del tile, dtype, platform
+    del tile, dtype, platform, head_sizes
     return None
 
 

@@ -14,6 +14,7 @@ References:
 
 import dataclasses
 import functools as ft
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,15 +30,16 @@ from jaxtyping import Array, Float
 from ..dropout import Place, keep
 from ..masks import EMPTY, PARTIAL, Tokens, attends_pairwise
 from ..partials import Partial
-from .base import BlockSizes, Gradients, Tile, Visits, alone, vary_alike
+from .base import BlockSizes, Gradients, HeadSizes, Tile, Visits, alone, vary_alike
 from .flash_tables import Cut, Launch, Pass, PassName, Tables, launch_of, padded_head
 from .head_numbers import HeadNumbers, looks_into_arrays
 
 __all__ = ["backward", "forward", "prepare", "supports"]
 
 
-def supports(tile: Tile, dtype: DTypeLike, platform: str) -> str | None:
+def supports(tile: Tile, dtype: DTypeLike, platform: str, head_sizes: HeadSizes) -> str | None:
     """None, or the reason why not."""
+    del head_sizes
     lacks = _lacks(tile, dtype, platform)
     return lacks and f"kernel 'pallas' {lacks}; kernel 'blockwise' does"
 
@@ -84,12 +86,12 @@ def forward(
                 here = meeting.with_keys(refs, at, visits.block(visit))
                 keys, values = meeting.load_kv(refs.kv, here)
                 logits = meeting.logits(refs, q_rows, keys, here, masked).masked
-                new_top = jnp.maximum(top, logits.max(axis=1))
+                new_top = jnp.maximum(top, logits.max(axis=1) * jnp.float32(meeting.unit))
                 # A row that has met no key yet would otherwise compute exp(-inf - -inf).
                 reference = new_top
                 if masked or meeting.may_be_infinite:
                     reference = jnp.where(new_top == -jnp.inf, jnp.zeros_like(top), new_top)
-                weights = jnp.exp(logits - reference[:, None])
+                weights = meeting.weights(logits, reference[:, None])
                 decay = jnp.exp(top - reference)
                 total = total * decay + weights.sum(axis=1)
                 if (factor := meeting.dropout(refs, here)) is not None:
@@ -118,6 +120,11 @@ def backward(
     into: Gradients,
 ) -> Gradients:
     """Adds to `into` what the meeting of these two shards contributes."""
+    # Nothing flows through rows that met no key: exp(logit - inf) is 0. A cotangent there may be NaN, as that
+    # of a norm is at zero, and 0 * NaN would spread it.
+    met = lse != -jnp.inf
+    lse, delta = jnp.where(met, lse, -lse), jnp.where(met, delta, jnp.zeros_like(delta))
+    dout = jnp.where(met[..., None], dout, jnp.zeros_like(dout))
     meeting = _meetings(q, kv, tile, lse, delta, dout)
     rows, columns = meeting("dq"), meeting("dkv")
     dq = rows.launch("dq", ft.partial(_dq_program, rows), rows.q_grid, into.dq)
@@ -132,7 +139,7 @@ def backward(
 
 def _dq_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
     at, visits = meeting.row(refs, ids)
-    rows = meeting.load_queries(refs, at, as_is=True)
+    rows = meeting.load_queries(refs, at)
 
     def fold(masked: bool):
         def body(visit, dq):
@@ -144,7 +151,7 @@ def _dq_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
         return body
 
     zeros = jnp.zeros((meeting.q_cut.size, padded_head(meeting.head_size)), jnp.float32)
-    dq = rows.without_empty(visits.fold_all(fold, zeros) * jnp.float32(meeting.scale))
+    dq = visits.fold_all(fold, zeros) * jnp.float32(meeting.scale)
     before = meeting.load_rows(into, at, meeting.head_size)
     meeting.store_rows(result, before + dq, at, meeting.head_size)
 
@@ -155,7 +162,7 @@ def _dlogits(
     """The gradient of a block of logits as they are before the cap; queries by keys, or keys by queries."""
     logits = meeting.logits(refs, rows.q, keys, at, masked, keys_first=keys_first)
     lse, delta = (_along(x, int(keys_first)) for x in (rows.lse, rows.delta))
-    weights = jnp.exp(logits.masked - lse)
+    weights = meeting.weights(logits.masked, lse)
     first, second = (values, rows.dout) if keys_first else (rows.dout, values)
     dweights = _dot(first, second, transposed=True)
     if (factor := meeting.dropout(refs, at, keys_first=keys_first)) is not None:
@@ -172,12 +179,13 @@ def _dkv_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
         def body(visit, state):
             dk, dv = state
             # One visit is one of a block's queries by one head of the group that shares these keys.
-            block, member = lax.div(visit, meeting.groups), lax.rem(visit, meeting.groups)
+            groups = jnp.int32(meeting.groups)
+            block, member = lax.div(visit, groups), lax.rem(visit, groups)
             here = meeting.with_queries(refs, at, visits.block(block), member)
             q_rows, dout, lse, delta = meeting.load_queries(refs, here)
             # Keys by rows: both products into the accumulators then take their operand as it stands.
             logits = meeting.logits(refs, q_rows, keys, here, masked, keys_first=True)
-            weights = jnp.exp(logits.masked - lse[None, :])
+            weights = meeting.weights(logits.masked, lse[None, :])
             dweights = _dot(values, dout, transposed=True)
             dropped = weights
             if (factor := meeting.dropout(refs, here, keys_first=True)) is not None:
@@ -244,9 +252,9 @@ def _dbias_block_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) 
             def body(member, total):
                 here = meeting.with_head(at, head + member)
                 keys, values = meeting.load_kv(refs.kv, here)
-                rows = meeting.load_queries(refs, here, as_is=True)
+                rows = meeting.load_queries(refs, here)
                 dlogits = _dlogits(meeting, refs, rows, keys, values, here, masked)
-                return total + rows.without_empty(dlogits)
+                return total + dlogits
 
             return body
 
@@ -267,7 +275,7 @@ def _dbias_rows_program(meeting: "_Meeting", factors: Callable, ids, into, refs:
     """The sums along the keys, for a block of queries: one with each of `factors(refs, at)`."""
     del into
     at, visits = meeting.row(refs, ids)
-    rows = meeting.load_queries(refs, at, as_is=True)
+    rows = meeting.load_queries(refs, at)
 
     def fold(masked: bool):
         def body(visit, totals):
@@ -281,16 +289,17 @@ def _dbias_rows_program(meeting: "_Meeting", factors: Callable, ids, into, refs:
 
     zeros = jnp.zeros((meeting.q_cut.size,), jnp.float32)
     for ref, total in zip(result, visits.fold_all(fold, (zeros,) * len(result)), strict=True):
-        meeting.store_statistic(ref, rows.without_empty(total), at)
+        meeting.store_statistic(ref, total, at)
 
 
 def _dbias_columns_program(meeting: "_Meeting", ids, into, refs: "_Refs", result) -> None:
     """The sums along the queries, for a block of keys and one head of those that share them."""
     del into
     block, head, batch = ids
-    kv_head = lax.div(head, meeting.groups)
+    groups = jnp.int32(meeting.groups)
+    kv_head = lax.div(head, groups)
     at, visits = meeting.column(refs, (block, kv_head, batch))
-    member = lax.rem(head, meeting.groups)
+    member = lax.rem(head, groups)
     keys, values = meeting.load_kv(refs.kv, at)
 
     def fold(masked: bool):
@@ -401,11 +410,6 @@ class _Queries(NamedTuple):
     lse: jax.Array
     delta: jax.Array
 
-    def without_empty(self, x: jax.Array) -> jax.Array:
-        """Zero in the rows that met no key."""
-        empty = self.lse == jnp.inf
-        return jnp.where(empty if x.ndim == 1 else empty[:, None], jnp.zeros_like(x), x)
-
 
 class _Logits(NamedTuple):
     """Logits of a block; `slope` is what the soft cap multiplies their gradient by, or None."""
@@ -443,6 +447,8 @@ class _Meeting:
         self.groups = num_heads // num_kv_heads
         self.tile, self.rule, self.scale = tile, tile.rule, float(tile.rule.scale)
         self.how = how
+        # Half precision affords one operation less for each pair: see `weights`.
+        self.bare = q.dtype.itemsize == 2 and not _is_rich(tile) and self.scale > 0
         self.q_cut = Cut.of(q_length, tile.block_sizes.q, tile.q_runs)
         self.kv_cut = Cut.of(kv_length, tile.block_sizes.kv, tile.kv_runs)
         self.q_grid = (self.q_cut.num_blocks, num_heads, batch)
@@ -500,10 +506,15 @@ class _Meeting:
     # ------------------------------------------------------------ where a program stands
 
     def row(self, refs: _Refs, ids) -> tuple[_At, _Visits]:
-        """A block of the queries of one head, and the blocks of keys that it visits."""
+        """A block of the queries of one head, and the blocks of keys that it visits.
+
+        The last of a run first, which under a causal mask are the most work: no long program is then begun at
+        the end, while most of a GPU waits.
+        """
         block, head, batch = ids
+        block = jnp.int32(self.q_cut.num_blocks - 1) - block
         q = self._block(refs.tables.q, self.q_cut, batch, block)
-        at = _At(batch, head, lax.div(head, self.groups), q=q)
+        at = _At(batch, head, lax.div(head, jnp.int32(self.groups)), q=q)
         return at, self._visits(refs.tables.rows, batch, block)
 
     def column(self, refs: _Refs, ids) -> tuple[_At, _Visits]:
@@ -523,7 +534,7 @@ class _Meeting:
 
     def with_head(self, at: _At, head: jax.Array) -> _At:
         """The same blocks of another query head."""
-        return at._replace(head=head, kv_head=lax.div(head, self.groups))
+        return at._replace(head=head, kv_head=lax.div(head, jnp.int32(self.groups)))
 
     def with_keys(self, refs: _Refs, at: _At, block: jax.Array) -> _At:
         """A row's meeting with a block of keys."""
@@ -545,9 +556,11 @@ class _Meeting:
     # ------------------------------------------------------------ logits
 
     def logits(self, refs: _Refs, q, keys, at: _At, masked: bool, *, keys_first: bool = False) -> _Logits:
-        """Scale, then bias, then soft cap, then mask; queries by keys, or keys by queries."""
+        """Scale, then bias, then soft cap, then mask; queries by keys, or keys by queries; over `unit`."""
         first, second = (keys, q) if keys_first else (q, keys)
-        logits, slope = _dot(first, second, transposed=True) * jnp.float32(self.scale), None
+        logits, slope = _dot(first, second, transposed=True), None
+        if not self.bare:
+            logits *= jnp.float32(self.scale)
         if refs.bias is not None:
             logits += self._operand(refs.bias, refs, at, keys_first).astype(jnp.float32)
         if self.splits:
@@ -562,6 +575,22 @@ class _Meeting:
             # A bias may be NaN where nothing attends, and 0 * NaN is not 0.
             slope = None if slope is None else jnp.where(allowed, slope, jnp.zeros_like(slope))
         return _Logits(logits, slope)
+
+    @property
+    def unit(self) -> float:
+        """What `logits` are still to be multiplied by."""
+        return self.scale if self.bare else 1.0
+
+    def weights(self, logits: jax.Array, reference: jax.Array) -> jax.Array:
+        """exp(unit * logits - reference).
+
+        By powers of two a product and a difference become one operation. It rounds as the logits do, by their
+        size in float32.
+        """
+        if not self.bare:
+            return jnp.exp(logits - reference)
+        log2e = math.log2(math.e)
+        return jnp.exp2(logits * jnp.float32(self.unit * log2e) - reference * jnp.float32(log2e))
 
     def _allowed(self, refs: _Refs, at: _At, keys_first: bool) -> jax.Array:
         allowed = attends_pairwise(self.rule.mask, *self._tokens(at, keys_first))
@@ -650,21 +679,16 @@ class _Meeting:
         index = (at.batch, _span(at.q.start, self.q_cut.size), at.head)
         return _load(ref, index, self._inside(self.q_cut, at.q))
 
-    def load_queries(self, refs: _Refs, at: _At, *, as_is: bool = False) -> "_Queries":
-        """What the backward pass needs of a block of queries; nothing flows through rows that met no key.
-
-        `as_is` leaves `dout` where it lies, for a matrix product to take it from there; what comes of such
-        rows is then the caller's to take out, by `without_empty`.
-        """
+    def load_queries(self, refs: _Refs, at: _At) -> "_Queries":
+        """What the backward pass needs of a block of queries."""
         q = self.load_rows(refs.q, at, self.head_size)
         lse, delta = (self.load_statistic(ref, at) for ref in (refs.lse, refs.delta))
         dout = self.load_rows(refs.dout, at, self.value_size)
-        # exp(logit - inf) is 0.
-        lse = jnp.where(lse == -jnp.inf, -lse, lse)
-        if as_is:
-            return _Queries(q, dout, lse, delta)
-        # A cotangent there may be NaN, as that of a norm is at zero; 0 * NaN would spread it.
-        return _Queries(q, jnp.where(lse[:, None] == jnp.inf, jnp.zeros_like(dout), dout), lse, delta)
+        if dout.dtype == jnp.float32:
+            # It is zero there already. Said again, it stays in registers, of which fewer are spilled than
+            # where float32 products take it from shared memory.
+            dout = jnp.where(lse[:, None] == jnp.inf, jnp.zeros_like(dout), dout)
+        return _Queries(q, dout, lse, delta)
 
     def load_kv(self, ref, at: _At) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a block, `block padded` each."""

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from .. import partials
 from ..masks import LAST_POSITION, Both, Causal, ChunkedLocal, Full, Mask, PrefixLM, SlidingWindow
 from ..partials import Partial
-from .base import BlockSizes, Gradients, Tile, alone, vary_alike
+from .base import BlockSizes, Gradients, HeadSizes, Tile, alone, vary_alike
 from .flash_tables import chip_of
 
 __all__ = ["VERSION", "backward", "forward", "prepare", "supports"]
@@ -36,8 +36,9 @@ VERSION = "0.0.17"
 MOSAIC = ("mosaic_gpu_v2",)
 
 
-def supports(tile: Tile, dtype: DTypeLike, platform: str) -> str | None:
+def supports(tile: Tile, dtype: DTypeLike, platform: str, head_sizes: HeadSizes) -> str | None:
     """None, or the reason why not."""
+    del head_sizes
     lacks = _lacks(tile, dtype, platform)
     return lacks and f"kernel 'tokamax' {lacks[0]}; kernel {lacks[1]!r} does"
 

@@ -34,6 +34,7 @@ __all__ = [
     "Kernel",
     "compile_for",
     "compile_lowered",
+    "is_installed",
     "mesh_for",
 ]
 
@@ -276,6 +277,14 @@ def _per_host(target: str, devices: int, hosts: int | None) -> int:
 
 
 @ft.cache
+def is_installed() -> bool:
+    """Whether the compiler for GPUs is here, and knows them."""
+    try:
+        return bool(_description("h100-sxm"))
+    except ImportError:
+        return False
+
+
 def _description(target: str) -> str:
     """The compiler's own description of a GPU, which its library holds as text."""
     name = TARGETS[target][0]

@@ -77,9 +77,11 @@ class Plan:
     def kernel(self) -> tuple[KernelName, str]:
         """What `kernel="auto"` takes there, and why."""
         kind = self.hardware.name
-        device = Device() if self.hardware.shared_processor else Device(platform="gpu", kind=kind.upper())
-        rule = Rule(mask=self.workload.mask, scale=1.0)
-        return choose_kernel(rule, Operands(), self.workload.dtype, device)
+        device = Device(platform="gpu", kind=kind.upper(), has_cudnn=True)
+        if self.hardware.shared_processor:
+            device = Device()
+        w, rule = self.workload, Rule(mask=self.workload.mask, scale=1.0)
+        return choose_kernel(rule, Operands(), w.dtype, (w.head_dim, w.value_dim or w.head_dim), device)
 
     def explain(self) -> str:
         """The table of candidates, the pick, and why."""

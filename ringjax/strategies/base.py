@@ -185,7 +185,11 @@ def attend(
     some = tile(inputs, problem, inputs.q_tokens, inputs.kv_tokens, problem.rank, problem.rank)
     if reason := way.supports(some, problem.payload):
         raise NotImplementedError(f"Ring(strategy={name!r}): {reason}")
-    if reason := problem.kernel_module.supports(some, inputs.q.dtype, problem.device.platform):
+    head_size = inputs.q.shape[-1]
+    fused = jax.eval_shape(lambda inputs: decoded(_encoded(inputs, problem), problem), inputs).shape[-1]
+    head_sizes = head_size, fused - head_size
+    about = some, inputs.q.dtype, problem.device.platform, head_sizes
+    if reason := problem.kernel_module.supports(*about):
         raise NotImplementedError(f"Ring(kernel={problem.kernel!r}): {reason}")
     return _attend(inputs, way, problem)
 

@@ -15,7 +15,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 LLAMA = str(CONFIGS / "llama3-8b-1m-8xh100.toml")
 CALL = ["aot", "attention", "--tokens", "65536", "--heads", "8", "--kv-heads", "2", "--head-dim", "64"]
 waits = pytest.mark.skipif(
-    aot._plugin() is None, reason="waits for the aot extra (jax-cuda13-plugin not installed)"
+    not aot.is_installed(), reason="waits for the aot extra (jax-cuda13-plugin of JAX 0.12)"
 )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ringjax import BlockSizes, Causal, Full, Ring, SlidingWindow, partials
-from ringjax.kernels import Gradients, Operands, Rule, Tile, base, blockwise, get_kernel
+from ringjax.kernels import Device, Gradients, Operands, Rule, Tile, base, blockwise, get_kernel
 from ringjax.kernels.base import Blocks, visits
 from ringjax.masks import Tokens
 
@@ -20,6 +20,12 @@ SHAPES = [
     (100, 338, 32, 48),
     (338, 100, 17, 33),
 ]
+
+
+def device() -> Device:
+    """What tests run on."""
+    first = jax.devices()[0]
+    return Device(platform=first.platform, kind=first.device_kind)
 
 
 def tile_of(q_positions, kv_positions, mask=None, blocks=(256, 256), segments=(None, None), **kw):
@@ -36,6 +42,7 @@ def tile_of(q_positions, kv_positions, mask=None, blocks=(256, 256), segments=(N
         kv_start=kw.pop("kv_start", 0),
         rule=Rule(mask=mask or Full(), scale=kw.pop("scale", 8**-0.5), **kw.pop("rule", {})),
         block_sizes=BlockSizes(q=blocks[0], kv=blocks[1]),
+        device=kw.pop("device", device()),
         **kw,
     )
 
@@ -310,6 +317,6 @@ def test_operands_and_their_gradients_have_a_place(rng) -> None:
 def test_kernel_by_name() -> None:
     assert get_kernel("blockwise") is blockwise
     tile = tile_of([0], [0])
-    assert blockwise.supports(tile, jnp.float32, "cpu") is None
+    assert blockwise.supports(tile, jnp.float32, "cpu", (8, 8)) is None
     for name in ("forward", "backward", "supports"):
         assert callable(ft.partial(getattr(blockwise, name)))

@@ -16,7 +16,7 @@ from ringjax.planning import aot
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        aot._plugin() is None, reason="waits for the aot extra (jax-cuda13-plugin not installed)"
+        not aot.is_installed(), reason="waits for the aot extra (jax-cuda13-plugin of JAX 0.12)"
     ),
 ]
 

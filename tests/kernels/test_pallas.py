@@ -44,9 +44,22 @@ from ringjax.kernels.base import verdict_table
 from ringjax.kernels.flash_tables import Cut, Tables
 from ringjax.masks import EMPTY
 
+ON_CPU = contract.device().platform == "cpu"
 # Interpreted programs take long to compile and nothing to run.
-compiled = ft.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-forward, backward = compiled(pallas.forward), compiled(pallas.backward)
+compiled = ft.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}) if ON_CPU else jax.jit
+
+
+def prepared(function):
+    """As a call of ring_attention does it."""
+
+    def call(*arguments):
+        pallas.prepare()
+        return function(*arguments)
+
+    return call
+
+
+forward, backward = prepared(compiled(pallas.forward)), prepared(compiled(pallas.backward))
 SLOW = pytest.mark.slow
 
 
@@ -391,18 +404,18 @@ def test_what_it_cannot_do_names_the_kernel_that_can() -> None:
         (tile(looked_up), "float32", "gpu", "as the function of the mask does"),
         (tile(Causal() & looked_up), "float32", "gpu", "as the function of the mask does"),
     ):
-        found = pallas.supports(made, dtype, platform)
+        found = pallas.supports(made, dtype, platform, (64, 64))
         assert found is not None
         assert reason in found
         assert found.endswith("; kernel 'blockwise' does")
     for mask in (Full(), PrefixLM(3), ChunkedLocal(2) | MaskFn(scattered), MaskFn(first_keys)):
-        assert pallas.supports(tile(mask), "bfloat16", "gpu") is None
+        assert pallas.supports(tile(mask), "bfloat16", "gpu", (64, 64)) is None
 
 
 def test_auto_is_pallas_on_gpus_where_it_can() -> None:
     rule, gpu = Rule(mask=Causal(), scale=1.0), Device(platform="gpu", kind="NVIDIA H100 80GB HBM3")
     assert get_kernel("pallas") is pallas
-    choose = lambda *args: choose_kernel(rule, *args)
+    choose = lambda operands, dtype, device: choose_kernel(rule, operands, dtype, (64, 64), device)
     assert choose(Operands(), jnp.bfloat16, gpu)[0] == "pallas"
     assert choose(Operands(), jnp.bfloat16, Device()) == (
         "blockwise", "XLA's own operations, for cpu devices"
@@ -421,7 +434,7 @@ def test_auto_is_blockwise_where_pallas_is_not_to_be_had(monkeypatch) -> None:
 
     monkeypatch.setattr("ringjax.kernels.get_kernel", missing)
     gpu = Device(platform="gpu", kind="NVIDIA H100 80GB HBM3")
-    name, reason = choose_kernel(Rule(mask=Full(), scale=1.0), Operands(), jnp.float32, gpu)
+    name, reason = choose_kernel(Rule(mask=Full(), scale=1.0), Operands(), jnp.float32, (64, 64), gpu)
     assert (name, "has no Pallas" in reason) == ("blockwise", True)
 
 
@@ -456,3 +469,9 @@ RING: dict[str, dict[str, Any]] = {
 )
 def test_the_whole_ring_matches_the_oracle(rng, name) -> None:
     check(rng, Case(**{"strategy": "ring"} | RING[name], kernel="pallas", B=2))
+
+
+@SLOW
+def test_the_whole_ring_matches_the_oracle_where_x64_is_on(rng) -> None:
+    with jax.enable_x64(True):
+        check(rng, Case(ring_size=2, T=32, B=1, window=(9, 0), bias="N", kernel="pallas", strategy="ring"))

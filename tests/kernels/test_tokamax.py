@@ -74,10 +74,10 @@ def stand_in_backward(residuals, out, dout, q, k, v, *, mask, logits_scale, logi
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
-    monkeypatch.setattr(tokamax, "_ops", lambda: tokamax._Ops(stand_in_forward, stand_in_backward))
-    monkeypatch.setattr(tokamax, "_mask", lambda first, end: (first, end))
     monkeypatch.setattr(contract, "forward", forward)
     monkeypatch.setattr(contract, "backward", backward)
+    monkeypatch.setattr(tokamax, "_ops", lambda: tokamax._Ops(stand_in_forward, stand_in_backward))
+    monkeypatch.setattr(tokamax, "_mask", lambda first, end: (first, end))
 
 
 @pytest.mark.parametrize(
@@ -154,18 +154,18 @@ def test_what_it_cannot_do_names_the_kernel_that_can() -> None:
         (tile(MaskFn(lambda i, j: j <= i)), "bfloat16", "gpu", "one range of keys", "pallas"),
         (tile(Causal() | ChunkedLocal(4)), "bfloat16", "gpu", "one range of keys", "pallas"),
     ):
-        found = tokamax.supports(made, dtype, platform)
+        found = tokamax.supports(made, dtype, platform, (64, 64))
         assert found is not None
         assert reason in found
         assert found.endswith(f"; kernel {other!r} does")
     for mask in (Full(), Causal(), SlidingWindow(3), Causal() & ChunkedLocal(4)):
-        assert tokamax.supports(tile(mask), "float16", "gpu") is None
+        assert tokamax.supports(tile(mask), "float16", "gpu", (64, 64)) is None
 
 
 def test_auto_does_not_take_it() -> None:
     assert get_kernel("tokamax") is tokamax
     rule = contract.tile_of([0], [0], Causal()).rule
-    assert choose_kernel(rule, Operands(), jnp.bfloat16, HOPPER)[0] == "pallas"
+    assert choose_kernel(rule, Operands(), jnp.bfloat16, (64, 64), HOPPER)[0] == "pallas"
 
 
 @pytest.mark.parametrize("found", ["none", "0.0.18"])
@@ -184,6 +184,6 @@ def test_another_version_is_refused(monkeypatch, found) -> None:
 def test_a_cpu_is_refused_by_name(rng, monkeypatch) -> None:
     monkeypatch.setattr(tokamax, "prepare", lambda: None)
     q, k, v = helpers.random_qkv(rng, dtype="bfloat16")
-    mesh = jax.make_mesh((2,), ("ring",), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("ring",), devices=jax.devices("cpu")[:2])
     with pytest.raises(NotImplementedError, match=r"Ring\(kernel='tokamax'\): .* does not run on cpu"):
         ring_attention(q, k, v, mesh=mesh, ring=Ring(strategy="ring", kernel="tokamax"))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import grid
 from flax import linen, nnx
 from jax.sharding import Mesh
 
@@ -108,9 +109,9 @@ def test_decoding_is_the_full_pass(name: str, mesh: MakeMesh, x: jax.Array) -> N
 
 
 def test_decoding_knows_which_heads_a_device_holds(x: jax.Array) -> None:
-    grid = jax.make_mesh((3, 2), ("ring", "model"), devices=jax.devices()[:6])
+    mesh = grid(ring=3, model=2)
     ring = Ring(head_axes="model")
-    _, _, layer = twins(x, grid, ring=ring, bias=ringjax.alibi(N), use_sinks=True)
+    _, _, layer = twins(x, mesh, ring=ring, bias=ringjax.alibi(N), use_sinks=True)
     layer.init_cache(2, T)
     out = jnp.concatenate([layer(x[:, t : t + 8], decode=True) for t in range(0, T, 8)], axis=1)
     helpers.assert_close(out, layer(x), "float32")

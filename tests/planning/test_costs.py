@@ -189,7 +189,7 @@ def test_a_window_costs_what_it_reaches() -> None:
 
 def test_slow_links_are_crossed_once_per_round_by_a_double_ring() -> None:
     h100 = HARDWARE["h100-sxm"]
-    brief = dataclasses.replace(LONG, tokens=2**17)
+    brief = dataclasses.replace(LONG, tokens=2**16)
     flat = predict(brief, ring(16), h100, training=False)
     double = Choice(strategy="double_ring", devices=16, inner=8, layout="zigzag")
     nested = predict(brief, double, h100, training=False)

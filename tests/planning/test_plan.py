@@ -26,8 +26,11 @@ def test_explanation_names_the_pick_and_the_reasons() -> None:
 
 def test_explanation_says_which_kernel_and_why() -> None:
     made = plan(**CALL)
-    assert "Kernel 'pallas': one fused kernel a pass" in made.explain()
-    assert made.to_dict()["kernel"] == "pallas"
+    assert "Kernel 'cudnn': cuDNN's attention where shards meet in full or causally" in made.explain()
+    assert made.to_dict()["kernel"] == "cudnn"
+    odd = plan(**CALL | {"head_dim": 100})
+    assert "Kernel 'pallas': one fused kernel a pass; kernel 'cudnn' takes heads of up" in odd.explain()
+    assert "Kernel 'pallas': one fused kernel a pass, for all" in plan(**CALL, hardware="b200").explain()
     simulated = dataclasses.replace(HARDWARE["h100-sxm"], shared_processor=True)
     assert (
         "Kernel 'blockwise': XLA's own operations, for cpu devices."

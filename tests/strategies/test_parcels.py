@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cases import grid
 from jax.sharding import PartitionSpec as P
 
 import ringjax
@@ -36,7 +37,7 @@ def test_an_array_alone_stays_as_it_is() -> None:
 
 def test_what_xla_shards_further_is_not_packed(rng: np.random.Generator) -> None:
     """In a `shard_map` over the ring alone heads may be split by XLA, which one row would gather."""
-    devices = jax.make_mesh((2, 2), ("ring", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    devices = grid(ring=2, model=2, axis_type=jax.sharding.AxisType.Auto)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 16, 2, 4)), jnp.float32) for _ in "qkv")
     segments = jnp.asarray([[0] * 5 + [1] * 11], jnp.int32)
     spec, tokens = P(None, "ring"), P(None, "ring")

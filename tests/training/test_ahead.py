@@ -26,7 +26,7 @@ from ringjax.training.toml import ConfigError
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 waits = pytest.mark.skipif(
-    aot._plugin() is None, reason="waits for the aot extra (jax-cuda13-plugin not installed)"
+    not aot.is_installed(), reason="waits for the aot extra (jax-cuda13-plugin of JAX 0.12)"
 )
 
 
