@@ -22,7 +22,8 @@ class Doctor:
 
     Versions and devices; every kernel against float64 on fresh random inputs (output, log-sum-exp, gradients;
     causal, zigzag, documents); the ring on all devices against float64 and against one device; what matrix
-    products, attention and links attain, and what a whole call takes and hides, beside what the plan expects.
+    products, attention, memory and links attain, and what a whole call takes and hides, beside what the plan
+    expects. On one device there is no ring, and nothing of links.
 
     Each line has a verdict: ok, wrong, or note, for a person to read. Results are held to the tolerances of
     the tests, and exit status is 1 if one is wrong. Speeds are never wrong. On a CPU devices are simulated.

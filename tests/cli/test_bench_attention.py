@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,17 @@ import pytest
 from helpers import assert_close, causal_mask, oracle, oracle_grads, window_mask
 
 from ringjax.cli import main
-from ringjax.cli.bench import attention
-from ringjax.cli.bench.attention_contenders import CONTENDERS, _chunks
+from ringjax.cli.bench import attention, attention_contenders
+from ringjax.cli.bench.attention_contenders import (
+    CONTENDERS,
+    _chunks,
+    _Ready,
+    _those_that_run,
+    _torch_backends,
+)
+from ringjax.cli.bench.machine import Machine, look
 from ringjax.cli.bench.problem import Problem
+from ringjax.cli.errors import CommandError
 
 SMALL = ["--tokens", "256", "--heads", "2", "--head-dim", "16", "--repeats", "1"]
 PROBLEM = Problem(
@@ -25,6 +35,7 @@ PROBLEM = Problem(
     window=None,
     dtype="float32",
 )
+ON_GPU = dataclasses.replace(PROBLEM, devices=1, dtype="bfloat16", platform="gpu")
 
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
@@ -75,6 +86,9 @@ def test_measures_names_what_is_missing_and_verifies(capsys, monkeypatch):
     assert report["verification"]["rows"] == 16
     assert 0 < report["verification"]["worst_error"] < 1e-5
     assert report["verification"]["passed"]
+    assert (report["devices"], report["platform"], report["kernel"]) == (8, "cpu", "auto")
+    assert report["bound_dtype"] == "float32"
+    assert report["measured"]["jax"]["label"] == "jax.nn"
 
 
 def test_too_large_an_error_is_told_and_exits_with_1(capsys, monkeypatch):
@@ -85,12 +99,33 @@ def test_too_large_an_error_is_told_and_exits_with_1(capsys, monkeypatch):
     assert "ABOVE 1e-12" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_contender_that_fails_says_why(capsys, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+@pytest.mark.parametrize(
+    ("platforms", "options", "message"),
+    [
+        ("nonsense", [], "the devices process ended before it answered: RuntimeError: Unable to init"),
+        ("cpu", ["--kernel", "cudnn"], "the ringjax process ended before it answered: NotImplementedError: "),
+    ],
+)
+def test_what_fails_says_why(capsys, monkeypatch, platforms, options, message):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
     with pytest.raises(SystemExit) as ended:
-        main(["bench", "attention", *SMALL, "--peers", "none"])
+        main(["bench", "attention", *SMALL, "--peers", "none", *options])
     assert ended.value.code == 2
-    assert "the ringjax process ended before it answered" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_a_peer_that_fails_is_left_out_and_says_why(capsys, monkeypatch):
+    monkeypatch.setattr(attention, "Worker", _with_a_broken_peer(attention.Worker))
+    report = run(capsys, "--passes", "forward", "--peers", "gspmd")
+    assert set(report["measured"]) == {"ringjax"}
+    assert report["left_out"]["gspmd"].startswith("the gspmd process ended before it answered: TypeError")
+
+
+def _with_a_broken_peer(worker: Callable[..., Any]) -> Callable[..., Any]:
+    def start(benchmark, name, settings):
+        return worker(benchmark, name, settings if name == "ringjax" else {})
+
+    return start
 
 
 # ---------------------------------------------------------------- what it decides
@@ -107,6 +142,70 @@ def test_peers_that_cannot_run_are_left_out_with_the_reason(monkeypatch):
     peers, left_out = attention._choose_peers(attention.PEERS, PROBLEM, ["forward_backward"])
     assert peers == list(attention.PEERS)
     assert left_out == {}
+
+
+def test_what_cannot_be_had_is_told_by_the_process_that_looked(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert look(None) == Machine(platform="cpu", kind="cpu", count=8)
+    assert look(3).count == 3
+    with pytest.raises(CommandError, match="^--devices 0 cannot be had: give a number from 1 to 256"):
+        look(0)
+
+
+def test_memory_of_a_gpu_is_shared_by_those_with_matrices_and_cudnn_has_none():
+    large = dataclasses.replace(ON_GPU, tokens=2**14)  # 9 GB
+    peers, left_out = attention._choose_peers(["jax", "gspmd"], large, ["forward"], int(16e9))
+    assert peers == ["jax"]
+    assert left_out == {"gspmd": "its T × S matrices need 9 GB, and here are 8 GB"}
+    single = dataclasses.replace(large, dtype="float32")
+    assert attention._choose_peers(["jax", "gspmd"], single, ["forward"], int(16e9))[0] == []
+    assert attention._choose_peers(["jax", "gspmd"], single, ["forward"], int(18e9))[0] == ["jax", "gspmd"]
+
+
+def test_what_is_long_depends_on_the_processor():
+    long = dataclasses.replace(PROBLEM, tokens=2**20, devices=1)
+    gpu = dataclasses.replace(long, platform="gpu")
+    assert attention._is_long(long, "forward")
+    assert not attention._is_long(gpu, "forward")
+    longer = dataclasses.replace(gpu, heads=1024, kv_heads=1024)
+    assert attention._is_long(longer, "forward")
+    assert not attention._is_long(dataclasses.replace(longer, devices=8), "forward")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_compared_with_depends_on_the_platform(dtype):
+    cpu, gpu = (dataclasses.replace(PROBLEM, dtype=dtype, platform=platform) for platform in ("cpu", "gpu"))
+    assert not cpu.on_cudnn
+    assert gpu.on_cudnn == (dtype != "float32")
+    assert (cpu.bound_dtype, gpu.bound_dtype) == ("float32", dtype)
+    assert _torch_backends(cpu) == {"": "FLASH_ATTENTION"}
+    on_gpu = {"EFFICIENT_ATTENTION"} if dtype == "float32" else {"FLASH_ATTENTION", "CUDNN_ATTENTION"}
+    assert set(_torch_backends(gpu).values()) == on_gpu
+
+
+def test_of_several_programs_those_that_run_are_tried():
+    def broken():
+        raise RuntimeError("No available kernel")
+
+    programs = {"flash": broken, "cuDNN": lambda: 1}
+    assert list(_those_that_run(programs, lambda result: result)) == ["cuDNN"]
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        _those_that_run({"flash": broken, "cuDNN": broken}, lambda result: result)
+
+
+def test_many_calls_are_awaited_once():
+    done = []
+
+    def program():
+        time.sleep(1e-3)
+        return len(done)
+
+    ready = _Ready(program, done.append).long_enough()
+    assert 2 <= ready.calls <= 64
+    done.clear()
+    seconds, result = ready.timed()
+    assert (done, result) == ([0], 0)
+    assert 1e-3 <= seconds < attention_contenders.LEAST_SECONDS
 
 
 @pytest.mark.parametrize("shard_length", [1024, 1000, 32, 1009])
@@ -158,6 +257,31 @@ def _assert_computes_the_problem(name: str, problem: Problem) -> None:
 @pytest.mark.parametrize("name", ["ringjax", "jax", "gspmd"])
 def test_every_contender_computes_the_same(name, window):
     _assert_computes_the_problem(name, dataclasses.replace(PROBLEM, window=window))
+
+
+def test_a_gpu_is_bounded_by_a_product_in_the_problems_dtype(monkeypatch):
+    monkeypatch.setattr(attention_contenders, "GEMM_SIZE_ON_GPU", 64)
+    monkeypatch.setattr(attention_contenders, "LEAST_SECONDS", 1e-3)
+    problem = dataclasses.replace(ON_GPU, devices=4)
+    ready = attention_contenders._gemm(64, problem)
+    assert ready.calls > 1
+    assert ready.program().dtype == "bfloat16"
+    assert attention_contenders._gemm_size(problem) == 64
+    assert attention_contenders._gemm_size(PROBLEM) == 2048
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_on_a_gpu_programs_are_called_many_times(monkeypatch, platform):
+    contender = attention_contenders.Contender(
+        version="1",
+        programs=lambda kind: {"": lambda: time.sleep(1e-3)},
+        natural=np.asarray,
+        wait=lambda result: None,
+    )
+    monkeypatch.setitem(CONTENDERS, "jax", lambda problem, *arrays: contender)
+    session = attention_contenders._Session("jax", dataclasses.replace(PROBLEM, platform=platform))
+    session.answer("prepare", passes=["forward"], tune=True)
+    assert (session._programs["forward"].calls > 1) == (platform == "gpu")
 
 
 @pytest.mark.peers

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from helpers import TOLERANCES, causal_mask, oracle, oracle_grads, segment_mask
 
+from ringjax import Ring
+from ringjax.kernels import Device
 from ringjax.planning import HARDWARE
 from ringjax.planning.doctor import examination, machine, results, speeds
+from ringjax.planning.measure import Compute
 
 
 def test_tolerances_are_those_of_the_tests() -> None:
@@ -19,14 +22,16 @@ def test_tolerances_are_those_of_the_tests() -> None:
         assert TOLERANCES[dtype] == {"forward": forward, "grad": gradient}
 
 
-def test_its_float64_is_that_of_the_tests(rng) -> None:
-    drawn = results._draw(rng, 24, "float32")
+@pytest.mark.parametrize("documents", [True, False])
+def test_its_float64_is_that_of_the_tests(documents, rng) -> None:
+    drawn = results._draw(rng, 24, "float32", documents=documents)
     q, k, v, dout, dlse = drawn.arrays
-    mask = causal_mask(24, 24) & segment_mask(*drawn.segments)
+    mask = causal_mask(24, 24)
+    mask &= segment_mask(*drawn.segments) if documents else True
     expected = *oracle(q, k, v, mask=mask), *oracle_grads(q, k, v, dout, dlse, mask=mask)
     for found, wanted in zip(drawn.expected, expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
-    assert np.isneginf(drawn.expected[1][:, -3:]).all()
+    assert np.isneginf(drawn.expected[1][:, -3:]).all() == documents
 
 
 BROKEN = {
@@ -59,6 +64,39 @@ def test_a_right_kernel_is_ok(mesh, rng, monkeypatch) -> None:
         ("kernel blockwise, float32", "ok"), ("kernel blockwise, bfloat16", "ok"),
     ]  # fmt: skip
     assert set(found[0].facts["share_of_allowed"]) == set(results.NAMES)
+
+
+def test_attention_without_documents_is_right_too(mesh, rng) -> None:
+    drawn = results._draw(rng, 32, "float32", documents=False)
+    found = results._program(mesh(2, "auto"), Ring("ring", strategy="ring", layout="zigzag"), drawn)()
+    assert max(results._errors(found, drawn.expected, "float32").values()) <= 1
+
+
+def test_cudnn_is_given_what_it_has_and_what_it_leaves_to_others(mesh, rng, monkeypatch) -> None:
+    drawn: list[results._Drawn] = []
+
+    def program(mesh, ring, given):
+        drawn.append(given)
+        if given.arrays[0].dtype == jnp.float32:
+            raise NotImplementedError("kernel 'cudnn' does not compute in float32")
+        return lambda: given.expected
+
+    monkeypatch.setattr(results, "_program", program)
+    monkeypatch.setattr(results, "SHORTEST", 32)
+    monkeypatch.setattr(results, "device_of", lambda mesh: Device(platform="gpu"))
+    found = list(results.check_kernel("cudnn", mesh(1, "auto"), rng))
+    assert [(x.what, x.verdict) for x in found] == [
+        ("kernel cudnn, float32", "note"),
+        ("kernel cudnn, bfloat16", "ok"),
+        ("kernel cudnn, bfloat16, one document", "ok"),
+    ]
+    assert [x.segments is None for x in drawn] == [False, False, True]
+
+
+def test_cudnn_on_a_cpu_is_one_note(mesh, rng) -> None:
+    [finding] = results.check_kernel("cudnn", mesh(1, "auto"), rng)
+    assert finding.verdict == "note"
+    assert "does not run on cpu" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -112,12 +150,30 @@ def test_bits_that_arrive_changed_are_wrong(mesh, rng, monkeypatch) -> None:
 
 H100 = HARDWARE["h100-sxm"]
 AS_PLANNED = dataclasses.replace(H100, name="measured", link_fraction=1.0, memory_fraction=1.0)
+COMPUTE = Compute(
+    flops={"bfloat16": H100.flops["bfloat16"]},
+    dtype="bfloat16",
+    head_dim=128,
+    forward_fraction=H100.forward_fraction,
+    backward_fraction=H100.backward_fraction,
+    forward_overhead=H100.forward_overhead,
+    backward_overhead=H100.backward_overhead,
+    memory_bandwidth=H100.memory_bandwidth,
+)
 
 
 def test_speeds_as_planned_are_ok_and_slow_ones_are_noted() -> None:
-    assert {x.verdict for x in speeds.compared_speeds(AS_PLANNED, H100)} == {"ok"}
+    assert {x.verdict for x in speeds.compared_speeds(COMPUTE, H100)} == {"ok"}
+    slow = dataclasses.replace(COMPUTE, backward_fraction=0.1)
+    [note] = [x for x in speeds.compared_speeds(slow, H100) if x.verdict == "note"]
+    assert note.what == "attention, backward"
+    assert "in bfloat16, heads of 128; the plan expects" in note.text
+
+
+def test_links_as_planned_are_ok_and_slow_ones_are_noted() -> None:
+    assert {x.verdict for x in speeds.compared_links(AS_PLANNED, H100)} == {"ok"}
     slow = dataclasses.replace(AS_PLANNED, host_bandwidth=12e9)
-    notes = [x for x in speeds.compared_speeds(slow, H100) if x.verdict == "note"]
+    notes = [x for x in speeds.compared_links(slow, H100) if x.verdict == "note"]
     assert [x.what for x in notes] == ["permutes, speed", "all-to-alls, speed"]
     assert "12 GB/s" in notes[0].text
     assert "the plan expects 360 GB/s, 30.0 times as much" in notes[0].text
@@ -125,7 +181,7 @@ def test_speeds_as_planned_are_ok_and_slow_ones_are_noted() -> None:
 
 
 def test_speeds_of_unknown_devices_have_nothing_to_be_compared_with() -> None:
-    found = list(speeds.compared_speeds(AS_PLANNED, None))
+    found = [*speeds.compared_speeds(COMPUTE, None), *speeds.compared_links(AS_PLANNED, None)]
     assert {x.verdict for x in found} == {"ok"}
     assert not any("expects" in x.text for x in found)
 
@@ -178,10 +234,15 @@ def test_a_whole_call_is_compared_with_the_plan(mesh, monkeypatch, both, alone, 
     assert said in finding.text
 
 
-def test_one_device_has_no_ring(mesh, monkeypatch) -> None:
+def test_one_device_has_no_ring_but_speeds(mesh, monkeypatch) -> None:
     monkeypatch.setattr(examination, "KERNELS", ())
+    monkeypatch.setattr(examination, "measure_compute", lambda mesh, **how: COMPUTE)
     found = list(examination.examine(mesh(1, "auto")))
-    assert [x.what for x in found] == ["versions", "devices", "links"]
+    assert [x.what for x in found] == [
+        *("versions", "devices", "matrix products", "attention, forward", "attention, backward"),
+        *("memory, speed", "links"),
+    ]
+    assert found[-1].text == "one device: there is no ring, and nothing is sent"
 
 
 def test_versions_and_devices_name_what_is_there(mesh, monkeypatch, tmp_path) -> None:

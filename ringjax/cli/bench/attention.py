@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ... import Ring
+from ...kernels import KernelName
 from ...layouts import Layout
 from ..devices import MOST_SIMULATED
 from ..errors import CommandError
 from .contest import PEERS_HINT, Worker, at_least, progress_bar, take_turns
+from .machine import Machine, look
 from .problem import PASSES, Dtype, Pass, Problem
 
 __all__ = ["BenchAttention"]
@@ -34,8 +36,10 @@ LABELS = {
 }
 PACKAGES: dict[Peer, tuple[str, ...]] = {"ringattention": ("ringattention", "einops"), "torch": ("torch",)}
 WINDOWLESS: tuple[Peer, ...] = ("ringattention", "torch")
+SQUARE: tuple[Peer, ...] = ("jax", "gspmd")
 TITLES: dict[Pass, str] = {"forward": "forward", "forward_backward": "forward + backward"}
-LONG = 2e12  # operations
+# Operations of all processors together, or of each GPU.
+LONG, LONG_ON_GPU = 2e12, 5e15
 REPEATS = 5
 # Worst absolute error of an output of standard normal values; half precision rounds values of up to 4.
 LIMITS: dict[Dtype, float] = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -47,13 +51,15 @@ class BenchAttention:
 
     Forward, and forward + backward (gradients of q, k and v), of one sequence of standard normal values.
     Each contender runs in a process of its own, in turn; medians are shown. The bound is what the matrix
-    products alone would take, two halves forward and five more backward, at the rate of a large float32
-    product measured in every round; ratios are medians of each round's. Exits with 1 if --verify finds
-    too large an error.
+    products alone would take, two halves forward and five more backward, at the rate of a large product
+    measured in every round, in float32 on a CPU and in --dtype on GPUs; ratios are medians of each
+    round's. Exits with 1 if --verify finds too large an error.
 
-    Above 2·10¹² operations, forward + backward (32,768 tokens of 4 heads just fit), a run is long: unless
-    asked for, it has no peers and one repeat, and where --verify is given no backward pass; it has no
-    warm-up, and nothing is tuned.
+    Above 2·10¹² operations, forward + backward (32,768 tokens of 4 heads just fit), or 5·10¹⁵ for each GPU,
+    a run is long: unless asked for, it has no peers and one repeat, and where --verify is given no backward
+    pass; it has no warm-up, and nothing is tuned.
+
+    On GPUs what is timed is so many calls that they take 50 ms; a peer that has no mesh takes one GPU.
     """
 
     tokens: int = 8192
@@ -64,21 +70,25 @@ class BenchAttention:
     """How many key/value heads; by default as many."""
     head_dim: int = 64
     """Size of a head."""
-    devices: int = 8
-    """Size of the ring, and of the mesh of the peers that have one."""
+    devices: int | None = None
+    """Size of the ring, and of the mesh of the peers that have one. By default every accelerator there is, or
+    else 8 devices simulated on the CPU."""
     layout: Layout = "zigzag"
     """Which tokens a device of the ring holds."""
     window: int | None = None
     """Each token sees so many, itself included; by default all before it."""
     dtype: Dtype = "float32"
     """Of q, k and v."""
+    kernel: KernelName | Literal["auto"] = "auto"
+    """How ringjax computes a pair of shards; by default the fastest that can."""
     repeats: int | None = None
     """How many times each is measured; by default 5, in a long run 1."""
     passes: Literal["auto", "forward", "both"] = "auto"
     """Forward alone, or forward + backward too."""
     peers: tuple[Literal["auto", "none", "jax", "gspmd", "ringattention", "torch"], ...] = ("auto",)
-    """What to compare with: jax.nn.dot_product_attention on one device and sharded by GSPMD, the PyPI package
-    ringattention with its chunk sizes tuned, torch's flash kernel; by default all, in a long run none."""
+    """What to compare with: jax.nn.dot_product_attention on one device (cuDNN's on a GPU, in half precision)
+    and sharded by GSPMD, the PyPI package ringattention with its chunk sizes tuned, torch's flash kernel (on
+    a GPU the faster of flash and cuDNN's); by default all, in a long run none."""
     verify: int = 0
     """Compare so many random rows with float64, computed from all keys and values."""
     json: bool = False
@@ -86,12 +96,14 @@ class BenchAttention:
 
     def run(self) -> None:
         """Measures and prints."""
-        problem = self._problem()
-        long = problem.flop("forward" if self.passes == "forward" else "forward_backward") > LONG
+        self._check()
+        machine = look(self.devices)
+        problem = self._problem(machine)
+        long = _is_long(problem, "forward" if self.passes == "forward" else "forward_backward")
         forward_alone = self.passes == "forward" or (self.passes == "auto" and long and self.verify > 0)
         passes: tuple[Pass, ...] = ("forward",) if forward_alone else PASSES
         repeats = self.repeats or (1 if long else REPEATS)
-        peers, left_out = _choose_peers(self._peers(long), problem, passes)
+        peers, left_out = _choose_peers(self._peers(long), problem, passes, machine.memory_bytes)
         console = Console(stderr=True)
         with progress_bar(console) as progress, contextlib.ExitStack() as stack:
             task = progress.add_task("", total=None)
@@ -100,8 +112,14 @@ class BenchAttention:
             for name in ("ringjax", *peers):
                 progress.update(task, description=f"{name}: compiling")
                 worker = stack.enter_context(Worker("attention", name, dataclasses.asdict(problem)))
-                prepared[name] = worker.ask(what="prepare", passes=passes, tune=not long)
-                workers.append(worker)
+                try:
+                    prepared[name] = worker.ask(what="prepare", passes=passes, tune=not long)
+                except CommandError as error:
+                    if name == "ringjax":
+                        raise
+                    left_out[name] = str(error)
+                else:
+                    workers.append(worker)
             if long:
                 _announce(console, problem, passes, workers[0].ask(what="gemm")["flops_per_second"])
 
@@ -120,7 +138,8 @@ class BenchAttention:
                 verification = workers[0].ask(what="verify", rows=self.verify)
                 limit = LIMITS[problem.dtype]
                 verification |= {"limit": limit, "passed": verification["worst_error"] <= limit}
-        report = dataclasses.asdict(problem) | {"repeats": repeats, "passes": passes}
+        report = dataclasses.asdict(problem) | {"device": machine.kind, "repeats": repeats, "passes": passes}
+        report |= {"bound_dtype": problem.bound_dtype}
         report |= _report(problem, passes, results, prepared)
         report |= {"left_out": left_out, "verification": verification}
         if self.json:
@@ -130,7 +149,7 @@ class BenchAttention:
         if verification is not None and not verification["passed"]:
             sys.exit(1)
 
-    def _problem(self) -> Problem:
+    def _check(self) -> None:
         at_least(1, tokens=self.tokens, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
         at_least(1, devices=self.devices, window=self.window, repeats=self.repeats)
         at_least(0, verify=self.verify)
@@ -140,28 +159,32 @@ class BenchAttention:
                 f"--heads {self.heads} does not divide by --kv-heads {kv_heads}: each key/value head serves "
                 f"equally many query heads."
             )
-        if self.devices > MOST_SIMULATED:
+        if (self.devices or 0) > MOST_SIMULATED:
             raise CommandError(f"--devices {self.devices}: give at most {MOST_SIMULATED}.")
-        ring = Ring(layout=self.layout)
-        if self.tokens % (multiple := ring.multiple(self.devices)):
-            raise CommandError(
-                f"--tokens {self.tokens} does not divide over {self.devices} devices in {self.layout} "
-                f"layout: give a multiple of {multiple}, such as "
-                f"{ring.padded_length(self.tokens, self.devices)}."
-            )
         if self.verify > (rows := self.tokens * self.heads):
             raise CommandError(
                 f"--verify {self.verify}: {self.tokens} tokens of {self.heads} heads have {rows} rows."
             )
+
+    def _problem(self, machine: Machine) -> Problem:
+        ring, devices = Ring(layout=self.layout), machine.count
+        if self.tokens % (multiple := ring.multiple(devices)):
+            raise CommandError(
+                f"--tokens {self.tokens} does not divide over {devices} devices in {self.layout} "
+                f"layout: give a multiple of {multiple}, such as "
+                f"{ring.padded_length(self.tokens, devices)}."
+            )
         return Problem(
             tokens=self.tokens,
             heads=self.heads,
-            kv_heads=kv_heads,
+            kv_heads=self.kv_heads or self.heads,
             head_dim=self.head_dim,
-            devices=self.devices,
+            devices=devices,
             layout=self.layout,
             window=self.window,
             dtype=self.dtype,
+            kernel=self.kernel,
+            platform=machine.platform,
         )
 
     def _peers(self, long: bool) -> list[Peer]:
@@ -175,20 +198,25 @@ class BenchAttention:
         return [peer for peer in PEERS if peer in self.peers]
 
 
+def _is_long(problem: Problem, kind: Pass) -> bool:
+    return problem.flop(kind) > (LONG if problem.on_cpu else LONG_ON_GPU * problem.devices)
+
+
 def _choose_peers(
-    wanted: Iterable[Peer], problem: Problem, passes: Iterable[Pass]
-) -> tuple[list[Peer], dict[Peer, str]]:
+    wanted: Iterable[Peer], problem: Problem, passes: Iterable[Pass], device_memory: int | None = None
+) -> tuple[list[Peer], dict[str, str]]:
     """Those that can run here, and why the others cannot."""
     needed = max(map(problem.square_bytes, passes))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    left_out: dict[Peer, str] = {}
+    # What a process took of a GPU it keeps.
+    memory = (device_memory or 0) // len(SQUARE) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    left_out: dict[str, str] = {}
     for peer in wanted:
         missing = [name for name in PACKAGES.get(peer, ()) if importlib.util.find_spec(name) is None]
         if missing:
             left_out[peer] = f"{', '.join(missing)} not installed ({PEERS_HINT})"
         elif problem.window is not None and peer in WINDOWLESS:
             left_out[peer] = "it has no sliding window"
-        elif peer in ("jax", "gspmd") and needed > memory:
+        elif peer in SQUARE and not (peer == "jax" and problem.on_cudnn) and needed > memory:
             left_out[peer] = (
                 f"its T × S matrices need {needed / 1e9:,.0f} GB, and here are {memory / 1e9:,.0f} GB"
             )
@@ -221,7 +249,10 @@ def _report(
 
     measured = {}
     for name, turns in results.items():
-        measured[name] = {"version": prepared[name]["version"]}
+        measured[name] = {
+            "label": prepared[name]["label"] or LABELS[name],
+            "version": prepared[name]["version"],
+        }
         for kind in passes:
             seconds = [turn[kind] for turn in turns]
             measured[name][kind] = {
@@ -257,23 +288,27 @@ def _show(report: dict[str, Any]) -> None:
             cells += [_time(result[kind]["seconds"]), f"{result[kind]['share_of_bound']:.0%}"]
             if not alone:
                 cells.append("" if name == "ringjax" else f"{result[kind]['ringjax_speedup']:.2f} ×")
-        table.add_row(LABELS[name], *cells)
+        table.add_row(result["label"], *cells)
     console.print(table)
 
     def tell(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    on_cpu, devices = report["platform"] == "cpu", report["devices"]
+    times = "" if on_cpu or devices == 1 else f"{devices} × "
+    rate = _rate(report["flops_per_second"] / (devices if times else 1))
     tell(
-        f"bound: the matrix products alone, at the {report['flops_per_second'] / 1e9:.0f} GFLOP/s of a large "
-        f"float32 one; share: how much of a row's time that is"
+        f"bound: the matrix products alone, at {times}the {rate} of a large {report['bound_dtype']} one; "
+        f"share: how much of a row's time that is"
     )
     if not alone:
         tell("speed-up: the row's time over ringjax's, of the same round")
     for name, result in measured.items():
         notes = [f"{TITLES[kind]} with {result[kind]['note']}" for kind in passes if result[kind]["note"]]
         if name == "ringjax":
-            notes = [f"{report['devices']} devices in {report['layout']} layout"]
-        tell(f"{LABELS[name]}: {', '.join([result['version'], *notes])}")
+            ring = f"{devices} device{'s' * (devices > 1)}" if on_cpu else f"{devices} × {report['device']}"
+            notes = [f"{ring} in {report['layout']} layout", f"kernel {report['kernel']}"]
+        tell(f"{result['label']}: {', '.join([result['version'], *notes])}")
     for name, reason in report["left_out"].items():
         tell(f"{LABELS[name]} was not measured: {reason}")
     if verification:
@@ -292,6 +327,12 @@ def _title(report: dict[str, Any]) -> str:
     span = "causal" if report["window"] is None else f"causal, window of {report['window']:,}"
     count = "measured once" if report["repeats"] == 1 else f"medians of {report['repeats']}"
     return f"{report['tokens']:,} tokens, {heads}, {span}, {report['dtype']}; {count}"
+
+
+def _rate(flops_per_second: float) -> str:
+    if flops_per_second >= 1e13:
+        return f"{flops_per_second / 1e12:.0f} TFLOP/s"
+    return f"{flops_per_second / 1e9:.0f} GFLOP/s"
 
 
 def _time(seconds: float) -> str:

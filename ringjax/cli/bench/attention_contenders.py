@@ -6,7 +6,7 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,12 @@ __all__ = ["CONTENDERS", "Contender", "make_contender"]
 
 Array = np.ndarray
 Program = Callable[[], Any]
-GEMM_SIZE = 2048
-GEMM_CALLS = 3
-TUNING_CALLS = 2
+Wait = Callable[[Any], Any]
+GEMM_SIZE, GEMM_SIZE_ON_GPU = 2048, 8192
+GEMM_TIMINGS = 3
+TUNING_TIMINGS = 2
+# What dispatches and returns at once is called so long between two looks at the clock.
+LEAST_SECONDS = 0.05
 # Of `ringattention`; a chunk that does not divide the shard becomes the next smaller one that does.
 CHUNKS = ((256, 128), (128, 256), (256, 256), (512, 128), (512, 512))
 SMALLEST_CHUNK = 32
@@ -30,14 +33,43 @@ class Contender:
 
     Attributes:
         version: of what it is made of.
-        programs: for a pass, compiled programs to choose from by their names. One returns when all is
-            computed: out, or (out, dq, dk, dv).
+        programs: for a pass, compiled programs to choose from by their names. One returns out, or
+            (out, dq, dk, dv), perhaps before that is computed.
         natural: makes any of these arrays a NumPy `1 T N H` in natural order.
+        wait: returns when what a program returned is computed, and what was called before it.
+        label: what it is called here, if not as elsewhere.
     """
 
     version: str
     programs: Callable[[Pass], dict[str, Program]]
     natural: Callable[[Any], Array]
+    wait: Wait
+    label: str | None = None
+
+
+class _Ready(NamedTuple):
+    """A program, and how many calls of it are made before the clock is read."""
+
+    program: Program
+    wait: Wait
+    calls: int = 1
+
+    def timed(self) -> tuple[float, Any]:
+        """Seconds of a call, and what the last one returned."""
+        result = None
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            result = self.program()
+        self.wait(result)
+        return (time.perf_counter() - start) / self.calls, result
+
+    def long_enough(self) -> "_Ready":
+        """With as many calls as take a while, after a warm-up."""
+        self.timed()
+        ready = self
+        while ready.timed()[0] * ready.calls < LEAST_SECONDS:
+            ready = ready._replace(calls=2 * ready.calls)
+        return ready
 
 
 def make_contender(name: str, settings: dict[str, Any]) -> Callable[..., dict[str, Any]]:
@@ -52,9 +84,9 @@ class _Session:
         self._problem = problem
         self._arrays = problem.arrays()
         self._contender = CONTENDERS[name](problem, *self._arrays)
-        self._programs: dict[Pass, Program] = {}
+        self._programs: dict[Pass, _Ready] = {}
         self._out: Any = None
-        self._gemm: Program | None = None
+        self._gemm: _Ready | None = None
 
     def answer(self, what: Literal["prepare", "run", "gemm", "verify"], **arguments: Any) -> dict[str, Any]:
         match what:
@@ -70,28 +102,31 @@ class _Session:
     def _prepare(self, passes: list[Pass], tune: bool) -> dict[str, Any]:
         """Compiles; of several programs the fastest is kept, or the first if they are not to be tried."""
         notes = {}
+        contender, many = self._contender, tune and not self._problem.on_cpu
         for kind in passes:
-            programs = self._contender.programs(kind)
+            programs = {name: _Ready(run, contender.wait) for name, run in contender.programs(kind).items()}
+            if many:
+                programs = {name: ready.long_enough() for name, ready in programs.items()}
             name = next(iter(programs))
             if tune and len(programs) > 1:
                 name = min(programs, key=lambda name: min(_tries(programs[name])))
             self._programs[kind] = programs[name]
             notes[kind] = name if tune or len(programs) == 1 else f"{name} (not tuned)"
-        return {"version": self._contender.version, "notes": notes}
+        return {"label": contender.label, "version": contender.version, "notes": notes}
 
     def _run(self, kind: Pass) -> dict[str, Any]:
         self._out = None  # what is kept is not counted as memory of the next
-        seconds, result = _timed(self._programs[kind])
+        seconds, result = self._programs[kind].timed()
         self._out = result if kind == "forward" else result[0]
         return {"seconds": seconds}
 
     def _measure_gemm(self) -> dict[str, Any]:
-        """FLOP/s of a large float32 matrix product by JAX, which takes all cores for one device."""
+        """FLOP/s of a large matrix product by JAX: all cores do it for one device, each GPU has its own."""
+        size, devices = _gemm_size(self._problem), 1 if self._problem.on_cpu else self._problem.devices
         if self._gemm is None:
-            self._gemm = _gemm()
-            self._gemm()
-        seconds = [_timed(self._gemm)[0] for _ in range(GEMM_CALLS)]
-        return {"flops_per_second": 2 * GEMM_SIZE**3 / statistics.median(seconds)}
+            self._gemm = _gemm(size, self._problem)
+        seconds = [self._gemm.timed()[0] for _ in range(GEMM_TIMINGS)]
+        return {"flops_per_second": devices * 2 * size**3 / statistics.median(seconds)}
 
     def _verify(self, rows: int) -> dict[str, Any]:
         """Compares rows of the last output with float64, from the very arrays that it was computed of."""
@@ -107,22 +142,26 @@ class _Session:
         }
 
 
-def _timed(program: Program) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = program()
-    return time.perf_counter() - start, result
+def _tries(ready: _Ready) -> list[float]:
+    return [ready.timed()[0] for _ in range(TUNING_TIMINGS)]
 
 
-def _tries(program: Program) -> list[float]:
-    return [_timed(program)[0] for _ in range(TUNING_CALLS)]
+def _gemm_size(problem: Problem) -> int:
+    return GEMM_SIZE if problem.on_cpu else GEMM_SIZE_ON_GPU
 
 
-def _gemm() -> Program:
+def _gemm(size: int, problem: Problem) -> _Ready:
+    """A product of square matrices, warm; in float32 it is of float32, which GPUs round to less."""
     import jax
     import jax.numpy as jnp
 
-    x = jax.random.normal(jax.random.key(0), (GEMM_SIZE, GEMM_SIZE), jnp.float32)
-    return _jax_program(jnp.matmul, x, x)
+    x = jax.random.normal(jax.random.key(0), (size, size), problem.bound_dtype)
+    product = ft.partial(jnp.matmul, precision="highest" if problem.bound_dtype == "float32" else None)
+    ready = _Ready(_jax_program(product, x, x), jax.block_until_ready)
+    if not problem.on_cpu:
+        return ready.long_enough()
+    ready.timed()
+    return ready
 
 
 # ---------------------------------------------------------------- contenders
@@ -134,7 +173,7 @@ def _ringjax(problem: Problem, *arrays: Array) -> Contender:
     from ... import Causal, Ring, SlidingWindow, __version__, ring_attention
     from ..devices import make_ring_mesh
 
-    ring = Ring(layout=problem.layout)
+    ring = Ring(layout=problem.layout, kernel=problem.kernel)
     mesh = make_ring_mesh(problem.devices, ring)
     mask = None if problem.window is None else Causal() & SlidingWindow(problem.window - 1)
     attend = ft.partial(ring_attention, mask=mask, is_causal=True, mesh=mesh, ring=ring)
@@ -147,6 +186,7 @@ def _ringjax(problem: Problem, *arrays: Array) -> Contender:
         version=f"ringjax {__version__}, jax {jax.__version__}",
         programs=lambda kind: {"": _jax_attention(attend, kind, *placed, out=sharding)},
         natural=lambda x: np.asarray(x)[:, inverse],
+        wait=jax.block_until_ready,
     )
 
 
@@ -154,10 +194,13 @@ def _jax(problem: Problem, *arrays: Array) -> Contender:
     import jax
 
     placed = jax.device_put(arrays)
+    attend = _dot_product_attention(problem, implementation="cudnn" if problem.on_cudnn else "xla")
     return Contender(
         version=f"jax {jax.__version__}",
-        programs=lambda kind: {"": _jax_attention(_dot_product_attention(problem), kind, *placed)},
+        programs=lambda kind: {"": _jax_attention(attend, kind, *placed)},
         natural=np.asarray,
+        wait=jax.block_until_ready,
+        label="jax.nn, cuDNN" if problem.on_cudnn else None,
     )
 
 
@@ -170,19 +213,27 @@ def _gspmd(problem: Problem, *arrays: Array) -> Contender:
     ring = Ring()
     sharding = jax.NamedSharding(make_ring_mesh(problem.devices, ring), ring.spec)
     placed = jax.device_put(arrays, sharding)
-    attend = _dot_product_attention(problem)
+    attend = _dot_product_attention(problem, implementation="xla")
     return Contender(
         version=f"jax {jax.__version__}",
         programs=lambda kind: {"": _jax_attention(attend, kind, *placed, out=sharding)},
         natural=np.asarray,
+        wait=jax.block_until_ready,
     )
 
 
-def _dot_product_attention(problem: Problem) -> Callable[..., Any]:
+def _dot_product_attention(
+    problem: Problem, *, implementation: Literal["xla", "cudnn"]
+) -> Callable[..., Any]:
     import jax
 
     window = None if problem.window is None else (problem.window - 1, 0)
-    return ft.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=window)
+    return ft.partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        local_window_size=window,
+        implementation=implementation,
+    )
 
 
 def _ringattention(problem: Problem, *arrays: Array) -> Contender:
@@ -232,6 +283,7 @@ def _ringattention(problem: Problem, *arrays: Array) -> Contender:
         version=f"ringattention {importlib.metadata.version('ringattention')}, jax {jax.__version__}",
         programs=programs,
         natural=np.asarray,
+        wait=jax.block_until_ready,
     )
 
 
@@ -249,36 +301,81 @@ def _torch(problem: Problem, *arrays: Array) -> Contender:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    dtype = getattr(torch, problem.dtype)
+    on_cuda = problem.platform == "gpu"
+    if on_cuda and not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} sees no GPU here")
+    dtype, device = getattr(torch, problem.dtype), "cuda" if on_cuda else "cpu"
     # B N T H, its own order; torch reads no bfloat16 from NumPy.
     q, k, v, dout = (
-        torch.from_numpy(x.astype(np.float32, copy=False)).to(dtype).transpose(1, 2).contiguous()
+        torch.from_numpy(x.astype(np.float32, copy=False)).to(device, dtype).transpose(1, 2).contiguous()
         for x in arrays
     )
 
     for x in (q, k, v):
         x.requires_grad_()
 
-    def attend():
+    def attend(backend):
         # Asked for by name: it fails rather than fall back to a T × S matrix.
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=problem.kv_heads != problem.heads
             )
 
     @torch.no_grad()
-    def forward():
-        return attend()
+    def forward(backend):
+        return attend(backend)
 
-    def forward_backward():
-        out = attend()
+    def forward_backward(backend):
+        out = attend(backend)
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
+    def wait(result):
+        if on_cuda:
+            torch.cuda.synchronize()
+
+    def programs(kind: Pass) -> dict[str, Program]:
+        run = {"forward": forward, "forward_backward": forward_backward}[kind]
+        found = {name: ft.partial(run, backend) for name, backend in _torch_backends(problem).items()}
+        return _those_that_run(found, wait)
+
+    where = f"on {torch.cuda.get_device_name()}" if on_cuda else f"{torch.get_num_threads()} threads"
     return Contender(
-        version=f"torch {torch.__version__} ({torch.get_num_threads()} threads)",
-        programs=lambda kind: {"": {"forward": forward, "forward_backward": forward_backward}[kind]},
-        natural=lambda x: x.detach().transpose(1, 2).float().numpy(),
+        version=f"torch {torch.__version__} ({where})",
+        programs=programs,
+        natural=lambda x: x.detach().transpose(1, 2).float().cpu().numpy(),
+        wait=wait,
+        label="torch" if on_cuda else None,
     )
+
+
+def _torch_backends(problem: Problem) -> dict[str, str]:
+    """Of torch's fused attention, by what a note calls them; its own names."""
+    if problem.platform != "gpu":
+        return {"": "FLASH_ATTENTION"}
+    if problem.dtype == "float32":
+        return {"its memory-efficient kernel": "EFFICIENT_ATTENTION"}
+    return {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
+
+
+def _those_that_run(programs: dict[str, Program], wait: Wait) -> dict[str, Program]:
+    """Of several programs those that do not fail here.
+
+    Raises:
+        RuntimeError: all do; it is that of the last.
+    """
+    if len(programs) == 1:
+        return programs
+    running, failure = {}, None
+    for name, program in programs.items():
+        try:
+            wait(program())
+        except RuntimeError as error:
+            failure = error
+        else:
+            running[name] = program
+    if failure is not None and not running:
+        raise failure
+    return running
 
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {
@@ -308,4 +405,4 @@ def _jax_program(function: Callable[..., Any], *arrays: Any, out_shardings: Any 
 
     options = {} if out_shardings is None else {"out_shardings": out_shardings}
     compiled = jax.jit(function, **options).lower(*arrays).compile()
-    return lambda: jax.block_until_ready(compiled(*arrays))
+    return ft.partial(compiled, *arrays)

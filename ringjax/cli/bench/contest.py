@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,8 +16,10 @@ from ..errors import CommandError
 
 __all__ = ["PEERS_HINT", "Worker", "at_least", "progress_bar", "take_turns"]
 
-Benchmark = Literal["attention", "generation", "training"]
+Benchmark = Literal["attention", "generation", "machine", "training"]
 PEERS_HINT = "pip install 'ringjax[peers]'"
+# Processes share the memory of a GPU; and the last line that a failing one writes is to be its error.
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_TRACEBACK_FILTERING": "off"}
 
 
 class Worker:
@@ -34,6 +37,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
+            env=ENVIRONMENT | os.environ,
             text=True,
         )
 

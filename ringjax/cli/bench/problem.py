@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
+from ...kernels import KernelName
 from ...layouts import Layout
 
 __all__ = ["PASSES", "Dtype", "Pass", "Problem"]
@@ -37,6 +38,8 @@ class Problem:
         layout: which tokens a rank of the ring holds.
         window: how many tokens each one sees, itself included; None means all before it.
         dtype: of q, k and v.
+        kernel: of the ring.
+        platform: of the devices, in JAX's words.
     """
 
     tokens: int
@@ -47,11 +50,28 @@ class Problem:
     layout: Layout
     window: int | None
     dtype: Dtype
+    kernel: KernelName | Literal["auto"] = "auto"
+    platform: str = "cpu"
 
     @property
     def numpy_dtype(self) -> np.dtype:
         """`dtype`, bfloat16 included."""
         return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether devices are simulated, all on one processor."""
+        return self.platform == "cpu"
+
+    @property
+    def on_cudnn(self) -> bool:
+        """Whether `jax.nn.dot_product_attention` can be cuDNN's."""
+        return self.platform == "gpu" and self.dtype != "float32"
+
+    @property
+    def bound_dtype(self) -> Dtype:
+        """Of the matrix product whose rate gives the bound: few processors have any but float32."""
+        return "float32" if self.on_cpu else self.dtype
 
     @property
     def num_pairs(self) -> int:

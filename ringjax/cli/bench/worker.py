@@ -12,6 +12,8 @@ def main() -> None:
     match benchmark:
         case "attention":
             from .attention_contenders import make_contender
+        case "machine":
+            from .machine import make_contender
         case "training":
             from .training_contenders import make_contender
         case _:

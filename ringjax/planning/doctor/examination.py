@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 from ...kernels import KernelName
 from ..auto import hardware_of
 from ..hardware import get_hardware
-from ..measure import measure
+from ..measure import measure_compute, measure_links
 from .base import Finding
 from .machine import devices, versions
 from .results import check_bits, check_kernel, check_rings
-from .speeds import compared_speeds, link_speeds, whole_call
+from .speeds import compared_links, compared_speeds, link_speeds, whole_call
 
 __all__ = ["examine"]
 
@@ -36,17 +36,21 @@ def examine(
     for kernel in KERNELS:
         progress(f"kernel {kernel} against float64")
         yield from check_kernel(kernel, mesh, rng)
+    if mesh.size > 1:
+        progress("what is sent arrives")
+        yield check_bits(mesh, rng)
+        yield from check_rings(mesh, rng, progress)
+    name = hardware_of(mesh)
+    sheet = None if name is None else get_hardware(name)
+    tell = lambda step: progress(f"speed: {step}")
+    compute = measure_compute(mesh, seconds=seconds, progress=tell)
+    yield from compared_speeds(compute, sheet)
     if mesh.size == 1:
         yield Finding(what="links", verdict="note", text="one device: there is no ring, and nothing is sent")
         return
-    progress("what is sent arrives")
-    yield check_bits(mesh, rng)
-    yield from check_rings(mesh, rng, progress)
-    name = hardware_of(mesh)
-    sheet = None if name is None else get_hardware(name)
     progress("each link")
     yield link_speeds(mesh, sheet)
-    measured = measure(mesh, seconds=seconds, progress=lambda step: progress(f"speed: {step}"))
-    yield from compared_speeds(measured, sheet)
+    measured = measure_links(mesh, compute, seconds=seconds, progress=tell)
+    yield from compared_links(measured, sheet)
     progress("a whole call, and the plan")
     yield whole_call(mesh, measured, sheet or measured)

@@ -37,29 +37,33 @@ STRATEGIES: tuple[Strategy, ...] = ("ring", "ring_q", "all_gather", "ulysses")
 
 
 class _Drawn(NamedTuple):
-    """Causal attention within documents; the last queries are in a document that has no keys."""
+    """Causal attention, of all or within documents; the last queries are in a document that has no keys."""
 
     arrays: tuple[jax.Array, ...]  # q, k, v, dout, dlse; rounded to the dtype, in natural order
-    segments: tuple[Array, Array]  # of queries and of keys
+    segments: tuple[Array, Array] | None  # of queries and of keys
     expected: tuple[Array, ...]  # float64, as NAMES
 
 
-def _draw(rng: np.random.Generator, tokens: int, dtype: Dtype, heads: int = HEADS) -> _Drawn:
+def _draw(
+    rng: np.random.Generator, tokens: int, dtype: Dtype, heads: int = HEADS, *, documents: bool = True
+) -> _Drawn:
     def normal(*shape: int) -> Array:
         return rng.standard_normal((1, tokens, *shape), np.float32)
 
     q, dout = normal(heads, HEAD_DIM), normal(heads, HEAD_DIM)
     k, v = normal(KV_HEADS, HEAD_DIM), normal(KV_HEADS, HEAD_DIM)
     arrays = tuple(jnp.asarray(x, jnp.dtype(dtype)) for x in (q, k, v, dout))
-    ends = rng.choice(np.arange(1, tokens), 3, replace=False)
-    of_keys = np.searchsorted(np.sort(ends), np.arange(tokens), side="right").astype(np.int32)
-    of_queries = of_keys.copy()
-    of_queries[-3:] = len(ends) + 1
     dlse = normal(heads)
-    mask = np.tril(np.ones((tokens, tokens), bool)) & (of_queries[:, None] == of_keys)
+    mask, segments = np.tril(np.ones((tokens, tokens), bool)), None
+    if documents:
+        ends = rng.choice(np.arange(1, tokens), 3, replace=False)
+        of_keys = np.searchsorted(np.sort(ends), np.arange(tokens), side="right").astype(np.int32)
+        of_queries = of_keys.copy()
+        of_queries[-3:] = len(ends) + 1
+        mask, segments = mask & (of_queries[:, None] == of_keys), (of_queries, of_keys)
     wide = [np.asarray(x).astype(np.float64) for x in (*arrays, dlse)]
     expected = _in_float64(wide[0], wide[1], wide[2], wide[3], wide[4], mask)
-    return _Drawn((*arrays, jnp.asarray(dlse)), (of_queries, of_keys), expected)
+    return _Drawn((*arrays, jnp.asarray(dlse)), segments, expected)
 
 
 def _in_float64(q: Array, k: Array, v: Array, dout: Array, dlse: Array, mask: Array) -> tuple[Array, ...]:
@@ -89,7 +93,7 @@ def _program(mesh: Mesh, ring: Ring, drawn: _Drawn) -> Callable[[], tuple[Array,
     tokens = drawn.arrays[0].shape[1]
     order = np.asarray(ring.positions(tokens, ring.size(mesh)))
     back = np.argsort(order)
-    segments = drawn.segments[0][order], drawn.segments[1][order]
+    segments = drawn.segments and (drawn.segments[0][order], drawn.segments[1][order])
     arrays = [
         jax.device_put(np.asarray(x)[:, order], NamedSharding(mesh, P(None, ring.axis_name)))
         for x in drawn.arrays
@@ -153,13 +157,18 @@ def _failed(what: str, error: Exception) -> Finding:
 
 
 def check_kernel(kernel: KernelName, mesh: Mesh, rng: np.random.Generator) -> Iterator[Finding]:
-    """One device, causal within documents, in zigzag layout."""
+    """One device, causal within documents, in zigzag layout; for cuDNN, which has none, without them too."""
     interpreted = kernel != "blockwise" and device_of(mesh).platform == "cpu"
     ring = Ring(mesh.axis_names[0], strategy="ring", layout="zigzag", kernel=kernel)
-    dtypes: tuple[Dtype, ...] = ("float32",) if interpreted else ("float32", "bfloat16")
-    for dtype in dtypes:
-        what = f"kernel {kernel}, {dtype}"
-        drawn = _draw(rng, ring.padded_length(INTERPRETED if interpreted else SHORTEST, 1), dtype)
+    tokens = ring.padded_length(INTERPRETED if interpreted else SHORTEST, 1)
+    cases: list[tuple[Dtype, bool]] = [("float32", True)]
+    if not interpreted:
+        cases.append(("bfloat16", True))
+        if kernel == "cudnn":
+            cases.append(("bfloat16", False))
+    for dtype, documents in cases:
+        what = f"kernel {kernel}, {dtype}" + ("" if documents else ", one document")
+        drawn = _draw(rng, tokens, dtype, documents=documents)
         try:
             found = _program(_first_of(mesh), ring, drawn)()
         except Exception as error:

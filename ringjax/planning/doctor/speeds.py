@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -15,12 +14,12 @@ from ...attention import ring_attention
 from ...ring import Ring, device_of
 from ..costs import predict
 from ..hardware import Hardware
-from ..measure import HEAD_DIM, seconds_of
+from ..measure import Compute, filled, seconds_of
 from ..units import in_bytes, in_seconds
 from ..workload import Choice, Dtype, Workload
 from .base import MESSAGE, Finding, send
 
-__all__ = ["compared_speeds", "link_speeds", "whole_call"]
+__all__ = ["compared_links", "compared_speeds", "link_speeds", "whole_call"]
 
 # How many times as much may be expected before that is noted.
 SLOW = 2.0
@@ -35,7 +34,7 @@ def link_speeds(mesh: Mesh, sheet: Hardware | None = None) -> Finding:
     size, on_cpu = mesh.size, device_of(mesh).platform == "cpu"
     # Large, so that what a launch takes does not count.
     elements = (4 if on_cpu else 64) * MESSAGE
-    x = jnp.ones((size, elements), jnp.float32, device=NamedSharding(mesh, P(mesh.axis_names[0])))
+    x = filled((size, elements), "float32", NamedSharding(mesh, P(mesh.axis_names[0])))
     rates = []
     for rank in range(size):
         rates.append(4 * elements / seconds_of(send(mesh, [(rank, (rank + 1) % size)]), x))
@@ -53,10 +52,10 @@ def link_speeds(mesh: Mesh, sheet: Hardware | None = None) -> Finding:
     return finding
 
 
-def compared_speeds(measured: Hardware, sheet: Hardware | None) -> Iterator[Finding]:
-    """What was measured, beside what the plan assumes of such devices."""
-    dtype: Dtype = "float32" if sheet is None else "bfloat16"
-    peak = measured.peak(dtype)
+def compared_speeds(measured: Compute, sheet: Hardware | None) -> Iterator[Finding]:
+    """What was measured of the devices themselves, beside what the plan assumes of such ones."""
+    dtype = measured.dtype
+    peak = measured.flops[dtype]
     expected = None if sheet is None else sheet.peak(dtype)
     others = ", ".join(f"{name} {_flops(rate)}" for name, rate in measured.flops.items() if name != dtype)
     yield _compared("matrix products", _flops, peak, expected, f"in {dtype} ({others})")
@@ -65,7 +64,14 @@ def compared_speeds(measured: Hardware, sheet: Hardware | None) -> Iterator[Find
         ("backward", measured.backward_fraction, sheet and sheet.backward_fraction),
     ):
         hoped = expected and theirs and theirs * expected
-        yield _compared(f"attention, {name}", _flops, ours * peak, hoped, f"in {dtype}, heads of {HEAD_DIM}")
+        more = f"in {dtype}, heads of {measured.head_dim}"
+        yield _compared(f"attention, {name}", _flops, ours * peak, hoped, more)
+    hoped = sheet and sheet.memory_fraction * sheet.memory_bandwidth
+    yield _compared("memory, speed", _rate, measured.memory_bandwidth, hoped, "reading and writing")
+
+
+def compared_links(measured: Hardware, sheet: Hardware | None) -> Iterator[Finding]:
+    """What was measured of the links, likewise."""
     hoped = sheet and sheet.link_fraction * sheet.host_bandwidth
     latency = in_seconds(measured.latency)
     more = f"from every device at once, with {in_bytes(4 * MESSAGE)}; {latency} for an empty one"
@@ -73,8 +79,6 @@ def compared_speeds(measured: Hardware, sheet: Hardware | None) -> Iterator[Find
     exchanged = measured.host_bandwidth * measured.collective_fraction
     hoped = hoped and sheet and hoped * sheet.collective_fraction
     yield _compared("all-to-alls, speed", _rate, exchanged, hoped, "", LINK_HELP)
-    hoped = sheet and sheet.memory_fraction * sheet.memory_bandwidth
-    yield _compared("memory, speed", _rate, measured.memory_bandwidth, hoped, "reading and writing")
 
 
 def _compared(
@@ -156,9 +160,10 @@ def _call(mesh: Mesh, ring: Ring, rows: tuple[int, int], workload: Workload) -> 
     """Seconds of a call whose queries are `rows`, batch by length, and which meet all keys."""
     batch, length = rows
 
-    def ones(tokens: int) -> jax.Array:
+    def given(tokens: int, seed: int) -> jax.Array:
         shape = batch, tokens, workload.heads, workload.head_dim
-        return jnp.ones(shape, jnp.dtype(workload.dtype), device=NamedSharding(mesh, ring.spec))
+        return filled(shape, workload.dtype, NamedSharding(mesh, ring.spec), seed=seed)
 
     attend = jax.jit(lambda q, k, v: ring_attention(q, k, v, ring=ring, mesh=mesh))
-    return seconds_of(attend, ones(length), ones(workload.tokens), ones(workload.tokens), least=0.05)
+    arrays = given(length, 0), given(workload.tokens, 1), given(workload.tokens, 2)
+    return seconds_of(attend, *arrays, least=0.05)
