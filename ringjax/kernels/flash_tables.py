@@ -254,19 +254,24 @@ HALF: dict[Chip, dict[int, Launch]] = {
         ),
     },
     "blackwell": {
-        64: Launch(BlockSizes(q=64, kv=64), forward=Pass(4), dq=Pass(4), dkv=Pass(4)),
+        64: Launch(
+            BlockSizes(q=64, kv=64),
+            forward=Pass(4),
+            dq=Pass(4),
+            dkv=Pass(4, rich=Pass(8, blocks=BlockSizes(q=32, kv=64))),
+        ),
         128: Launch(
             BlockSizes(q=64, kv=64),
             forward=Pass(8),
             dq=Pass(4),
-            dkv=Pass(4, rich=Pass(8)),
+            dkv=Pass(4, rich=Pass(8, blocks=BlockSizes(q=32, kv=64))),
             bias=Pass(8),
         ),
         256: Launch(
             BlockSizes(q=64, kv=64),
             forward=Pass(8, rich=Pass(8, blocks=BlockSizes(q=64, kv=32))),
             dq=Pass(8, rich=Pass(8, blocks=BlockSizes(q=64, kv=32))),
-            dkv=Pass(8, rich=Pass(8, blocks=BlockSizes(q=32, kv=64))),
+            dkv=Pass(8, blocks=BlockSizes(q=32, kv=64)),
             bias=Pass(8, blocks=BlockSizes(q=64, kv=32)),
         ),
     },

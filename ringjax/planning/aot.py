@@ -276,7 +276,6 @@ def _per_host(target: str, devices: int, hosts: int | None) -> int:
     return per_host
 
 
-@ft.cache
 def is_installed() -> bool:
     """Whether the compiler for GPUs is here, and knows them."""
     try:
@@ -285,6 +284,7 @@ def is_installed() -> bool:
         return False
 
 
+@ft.cache
 def _description(target: str) -> str:
     """The compiler's own description of a GPU, which its library holds as text."""
     name = TARGETS[target][0]
