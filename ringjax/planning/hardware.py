@@ -1,8 +1,8 @@
 """Facts of hardware, each with its source, and what `ringjax plan --measure` found on this machine.
 
 Peaks are dense ones, of vendors' datasheets; where a datasheet states them with sparsity, they are half of
-it. What a kernel and a link attain of them are fractions, with a source of their own. Units are SI: bytes,
-bytes per second, operations per second, seconds.
+it. What a kernel and a link attain of them are fractions, on long sequences and with large messages. Units
+are SI: bytes, bytes per second, operations per second, seconds.
 """
 
 import dataclasses
@@ -63,6 +63,7 @@ class Hardware:
         collective_fraction: rate of all-to-alls, gathers and scatters over that of permutes.
         shared_processor: devices are simulated on one processor: their work adds up, and no transfer hides.
         source: where the numbers are from.
+        sources: of single ones by name, where that is another.
 
     Raises:
         ValueError: a number is not positive, or a fraction above 1.
@@ -86,6 +87,7 @@ class Hardware:
     collective_fraction: float = 1.0
     shared_processor: bool = False
     source: str
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type in (int, float)}
@@ -109,6 +111,16 @@ class Hardware:
             )
         return self.flops[dtype]
 
+    def source_of(self, name: str) -> str:
+        """Where a number is from, by its name here.
+
+        Raises:
+            ValueError: there is no such number.
+        """
+        if name not in {field.name for field in dataclasses.fields(self)}:
+            raise ValueError(f"Hardware has no {name!r}.")
+        return self.sources.get(name, self.source)
+
     def to_dict(self) -> dict[str, object]:
         """As plain numbers and texts, for JSON."""
         return dataclasses.asdict(self)
@@ -119,18 +131,35 @@ def _by_dtype(*, half: float, single: float) -> dict[str, float]:
     return {"bfloat16": half, "float16": half, "float32": single}
 
 
-# Seconds from the start of a collective to its first byte. No datasheet states it: an assumption, of the
-# order of what nccl-tests reports for the smallest messages between the GPUs of a host.
 _LATENCY = 1e-5
+_FLASH_2 = "FlashAttention-2, arXiv:2307.08691, abstract and §4.1: up to 73 % of the peak, 63 % backward"
+_FLASH_4 = "FlashAttention-4 (Together AI, 2026), abstract: 1,613 TFLOP/s on a B200, 71 %"
+_ON_AN_H100 = (
+    "measured on one H100 SXM with jax 0.11.2 by kernel 'cudnn', bfloat16, 16,384 tokens, 8 heads of 128, "
+    "full: 630 TFLOP/s forward, 530 backward (FlashAttention-3, arXiv:2407.08608, has 740 and 560)"
+)
+_LIKE_THAT_H100 = f"taken for that of an H100 SXM, {_ON_AN_H100}"
+_DGX_B200 = "DGX B200 datasheet (nvidia.com/en-us/data-center/dgx-b200)"
+_NO_FIGURE = "an assumption: no figure is published"
 
-# Attained fractions, bfloat16, heads of 128, long sequences, no more than these at the best:
-#   A100  FlashAttention-2, arXiv:2307.08691, abstract and §4.1: up to 73 % forward, 63 % backward
-#   H100  measured on one H100 SXM by kernel "cudnn", 16,384 tokens, full: 630 and 530 TFLOP/s, 64 and 54 %
-#         (FlashAttention-3, arXiv:2407.08608, has 740 and 560); the PCIe card and the H200 taken to be alike
-#   B200  FlashAttention-4 (Together AI, 2026), abstract: 1,613 TFLOP/s, 71 %; backward: an assumption
-#   L40S  no published figure: an assumption
-# `link_fraction` and `memory_fraction` are assumptions: large messages of nccl-tests and STREAM-like copies
-# commonly reach 80 % or more.
+
+def _sources(*, forward: str, backward: str, network: str, **others: str) -> dict[str, str]:
+    """Of what a GPU's own datasheet does not say."""
+    return {
+        "network_bandwidth": network,
+        "latency": "an assumption, of the order of what nccl-tests reports for the smallest messages between "
+        "the GPUs of a host",
+        "forward_fraction": forward,
+        "backward_fraction": backward,
+        "forward_overhead": "an assumption: none",
+        "backward_overhead": "an assumption: none",
+        "link_fraction": "an assumption: large messages of nccl-tests commonly reach 80 % or more",
+        "memory_fraction": "an assumption: copies commonly reach 80 % or more; one H100 SXM reached 87 %",
+        "both_ways": "all links of a GPU leave through one switch",
+        "collective_fraction": "an assumption: NCCL's all-to-alls and gathers fill links as its permutes do",
+    } | others
+
+
 _ALL = (
     Hardware(
         name="a100-80gb-sxm",
@@ -138,13 +167,17 @@ _ALL = (
         memory_bytes=80e9,
         memory_bandwidth=2039e9,
         host_bandwidth=300e9,  # NVLink 3: 600 GB/s, both directions together
-        network_bandwidth=25e9,  # DGX A100: eight 200 Gb/s ports for eight GPUs
+        network_bandwidth=25e9,
         host_size=8,
         latency=_LATENCY,
         forward_fraction=0.73,
         backward_fraction=0.63,
-        source="NVIDIA A100 Tensor Core GPU datasheet, A100 80GB SXM (nvidia.com/en-us/data-center/a100); "
-        "DGX A100 datasheet for the network",
+        source="NVIDIA A100 Tensor Core GPU datasheet, A100 80GB SXM (nvidia.com/en-us/data-center/a100)",
+        sources=_sources(
+            forward=_FLASH_2,
+            backward=_FLASH_2,
+            network="DGX A100 datasheet: eight 200 Gb/s ports for eight GPUs",
+        ),
     ),
     Hardware(
         name="h100-sxm",
@@ -152,13 +185,17 @@ _ALL = (
         memory_bytes=80e9,
         memory_bandwidth=3350e9,
         host_bandwidth=450e9,  # NVLink 4: 900 GB/s, both directions together
-        network_bandwidth=50e9,  # DGX H100: eight 400 Gb/s ports for eight GPUs
+        network_bandwidth=50e9,
         host_size=8,
         latency=_LATENCY,
         forward_fraction=0.64,
         backward_fraction=0.54,
-        source="NVIDIA H100 Tensor Core GPU datasheet, H100 SXM (nvidia.com/en-us/data-center/h100); "
-        "DGX H100 datasheet for the network",
+        source="NVIDIA H100 Tensor Core GPU datasheet, H100 SXM (nvidia.com/en-us/data-center/h100)",
+        sources=_sources(
+            forward=_ON_AN_H100,
+            backward=_ON_AN_H100,
+            network="DGX H100 datasheet: eight 400 Gb/s ports for eight GPUs",
+        ),
     ),
     Hardware(
         name="h100-pcie",
@@ -166,12 +203,18 @@ _ALL = (
         memory_bytes=80e9,
         memory_bandwidth=2000e9,
         host_bandwidth=64e9,  # PCIe Gen5: 128 GB/s, both directions together; bridges join pairs only
-        network_bandwidth=25e9,  # an assumption: one 400 Gb/s port for two GPUs
-        host_size=8,  # an assumption: servers hold 1 to 8
+        network_bandwidth=25e9,
+        host_size=8,
         latency=_LATENCY,
         forward_fraction=0.64,
         backward_fraction=0.54,
         source="NVIDIA H100 PCIe GPU product brief PB-11133 (nvidia.com/en-us/data-center/h100)",
+        sources=_sources(
+            forward=_LIKE_THAT_H100,
+            backward=_LIKE_THAT_H100,
+            network="an assumption: one 400 Gb/s port for two GPUs",
+            host_size="an assumption: servers hold 1 to 8",
+        ),
     ),
     Hardware(
         name="h200-sxm",
@@ -179,27 +222,37 @@ _ALL = (
         memory_bytes=141e9,
         memory_bandwidth=4800e9,
         host_bandwidth=450e9,  # NVLink 4: 900 GB/s, both directions together
-        network_bandwidth=50e9,  # DGX H200: eight 400 Gb/s ports for eight GPUs
+        network_bandwidth=50e9,
         host_size=8,
         latency=_LATENCY,
         forward_fraction=0.64,
         backward_fraction=0.54,
-        source="NVIDIA H200 Tensor Core GPU datasheet, H200 SXM (nvidia.com/en-us/data-center/h200); "
-        "DGX H200 datasheet for the network",
+        source="NVIDIA H200 Tensor Core GPU datasheet, H200 SXM (nvidia.com/en-us/data-center/h200)",
+        sources=_sources(
+            forward=_LIKE_THAT_H100,
+            backward=_LIKE_THAT_H100,
+            network="DGX H200 datasheet: eight 400 Gb/s ports for eight GPUs",
+        ),
     ),
     Hardware(
         name="b200",
         flops=_by_dtype(half=2250e12, single=75e12),  # eight: 36 PFLOP/s with sparsity, and 600 TFLOP/s
-        memory_bytes=180e9,  # DGX B200: 1,440 GB for eight
-        memory_bandwidth=8000e9,  # 64 TB/s for eight
+        memory_bytes=180e9,
+        memory_bandwidth=8000e9,
         host_bandwidth=900e9,  # NVLink 5: 1.8 TB/s, both directions together
-        network_bandwidth=50e9,  # eight 400 Gb/s ports for eight GPUs
+        network_bandwidth=50e9,
         host_size=8,
         latency=_LATENCY,
         forward_fraction=0.71,
         backward_fraction=0.55,
-        source="NVIDIA HGX platform, HGX B200 (nvidia.com/en-us/data-center/hgx); DGX B200 datasheet "
-        "(nvidia.com/en-us/data-center/dgx-b200) for memory and network",
+        source="NVIDIA HGX platform, HGX B200 (nvidia.com/en-us/data-center/hgx)",
+        sources=_sources(
+            forward=_FLASH_4,
+            backward=_NO_FIGURE,
+            network=f"{_DGX_B200}: eight 400 Gb/s ports for eight GPUs",
+            memory_bytes=f"{_DGX_B200}: 1,440 GB for eight",
+            memory_bandwidth=f"{_DGX_B200}: 64 TB/s for eight",
+        ),
     ),
     Hardware(
         name="gb200-nvl72",
@@ -207,13 +260,15 @@ _ALL = (
         memory_bytes=186e9,  # 13.4 TB for 72
         memory_bandwidth=8000e9,  # 576 TB/s for 72
         host_bandwidth=900e9,  # 130 TB/s for 72, both directions together
-        network_bandwidth=50e9,  # DGX GB200: 72 ports of 400 Gb/s
+        network_bandwidth=50e9,
         host_size=72,
         latency=_LATENCY,
         forward_fraction=0.71,
         backward_fraction=0.55,
-        source="NVIDIA GB200 NVL72 (nvidia.com/en-us/data-center/gb200-nvl72); DGX GB200 datasheet for the "
-        "network",
+        source="NVIDIA GB200 NVL72 (nvidia.com/en-us/data-center/gb200-nvl72)",
+        sources=_sources(
+            forward=_FLASH_4, backward=_NO_FIGURE, network="DGX GB200 datasheet: 72 ports of 400 Gb/s"
+        ),
     ),
     Hardware(
         name="l40s",
@@ -221,12 +276,18 @@ _ALL = (
         memory_bytes=48e9,
         memory_bandwidth=864e9,
         host_bandwidth=32e9,  # PCIe Gen4 x16: 64 GB/s, both directions together
-        network_bandwidth=12.5e9,  # an assumption: one 200 Gb/s port for two GPUs
-        host_size=8,  # an assumption: servers hold 1 to 8
+        network_bandwidth=12.5e9,
+        host_size=8,
         latency=_LATENCY,
         forward_fraction=0.6,
         backward_fraction=0.5,
         source="NVIDIA L40S datasheet (nvidia.com/en-us/data-center/l40s)",
+        sources=_sources(
+            forward=_NO_FIGURE,
+            backward=_NO_FIGURE,
+            network="an assumption: one 200 Gb/s port for two GPUs",
+            host_size="an assumption: servers hold 1 to 8",
+        ),
     ),
 )
 HARDWARE: dict[str, Hardware] = {hardware.name: hardware for hardware in _ALL}

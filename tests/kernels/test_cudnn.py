@@ -101,6 +101,7 @@ MEETINGS: dict[str, tuple[Any, Any, Any, Any, int]] = {
     "one document": (AT, AT, Causal(), ONE, -2),
     "documents": (AT, AT, Causal(), TWO, -1),
     "padding": (PADDED, PADDED, Causal(), None, -1),
+    "padding first": (AT - 1, AT - 1, Causal(), None, -1),
     "out of order": (AT[::-1], AT[::-1], Causal(), None, -1),
     "other tokens": (AT + 1, AT, Causal(), None, -1),
     "a window's edge": (AT, AT, SlidingWindow(9), None, -1),

@@ -36,6 +36,21 @@ def test_facts_are_plausible_and_have_a_source(name) -> None:
     assert 130 < facts.flops["bfloat16"] / facts.memory_bandwidth < 450
 
 
+@pytest.mark.parametrize("name", HARDWARE)
+def test_every_number_says_where_it_is_from(name) -> None:
+    facts = HARDWARE[name]
+    names = {field.name for field in dataclasses.fields(facts)}
+    assert facts.sources.keys() < names
+    # A GPU's own datasheet states its peaks and its memory, and how it is linked, and nothing else.
+    sheet = {"flops", "memory_bytes", "memory_bandwidth", "host_bandwidth", "host_size"}
+    told = sheet | {"name", "source", "sources", "shared_processor"}
+    assert names - told <= facts.sources.keys()
+    assert all("nvidia.com" in facts.source_of(number) or "datasheet" in facts.source_of(number)
+               for number in sheet - {"host_size"})  # fmt: skip
+    with pytest.raises(ValueError, match="no 'colour'"):
+        facts.source_of("colour")
+
+
 def test_kinds_stand_in_the_order_that_is_known() -> None:
     half = {name: facts.flops["bfloat16"] for name, facts in HARDWARE.items()}
     assert half["a100-80gb-sxm"] < half["l40s"] < half["h100-pcie"] < half["h100-sxm"] == half["h200-sxm"]
