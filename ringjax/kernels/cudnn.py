@@ -228,6 +228,7 @@ def _forward(q: jax.Array, kv: jax.Array, tile: Tile, *, causal: bool) -> Partia
             FORWARD,
             results,
             output_layouts=(HEADS_INSIDE, None, None),
+            vmap_method="sequential",
             custom_call_api_version=2,
             legacy_backend_config=_config(q, kv, tile, causal=causal, backward=False),
         )(q, *_as_btnh(k, v))
@@ -254,6 +255,7 @@ def _backward(q, kv, lse, ratio, dout, tile: Tile, *, causal: bool) -> tuple[jax
             BACKWARD,
             (*(jax.ShapeDtypeStruct((batch, *shape), q.dtype) for shape in shapes), NO_WORKSPACE),
             output_layouts=(HEADS_INSIDE, None, None, None),
+            vmap_method="sequential",
             custom_call_api_version=2,
             legacy_backend_config=_config(q, kv, tile, causal=causal, backward=True),
         )(q, *_as_btnh(k, v), jnp.swapaxes(lse, 1, 2), dout, out.astype(q.dtype))

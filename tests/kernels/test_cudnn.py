@@ -246,6 +246,21 @@ def test_auto_is_cudnn_where_it_was_seen_to_be_faster(monkeypatch) -> None:
     assert (name, "multiples of 8" in reason) == ("pallas", True)
 
 
+def test_calls_can_be_mapped_one_by_one(monkeypatch) -> None:
+    monkeypatch.undo()
+    tile = contract.tile_of(AT, AT, Causal(), (16, 16), device=HOPPER)
+    q, kv = jnp.zeros((3, 1, LENGTH, 2, 16), jnp.bfloat16), jnp.zeros((3, 1, 2, LENGTH, 32), jnp.bfloat16)
+    rows = jnp.zeros((3, 1, LENGTH, 2))
+
+    def both(q, kv, rows):
+        met = cudnn._forward(q, kv, tile, causal=True)
+        return met, cudnn._backward(q, kv, met.lse, rows, met.out, tile, causal=True)
+
+    met, (dq, dkv) = jax.eval_shape(jax.vmap(both), q, kv, rows)
+    assert (met.out.shape, met.lse.shape) == (q.shape, rows.shape)
+    assert (dq.shape, dkv.shape) == (q.shape, kv.shape)
+
+
 @pytest.mark.skipif(contract.device().platform == "cpu", reason="cuDNN needs a GPU")
 def test_repeats_to_the_bit_where_xla_is_asked_for_that(rng) -> None:
     length = 4096
