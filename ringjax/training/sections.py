@@ -5,6 +5,7 @@ import math
 import re
 from typing import Any, Literal
 
+from ..kernels.base import KernelName
 from ..layouts import Layout
 from ..models.config import DecoderConfig
 from ..payloads import PayloadName
@@ -145,6 +146,9 @@ class RingOptions:
     """Whether shards travel both ways round, half of them each."""
     payload: PayloadName | None = None
     """The form in which keys and values travel; by default as they are."""
+    kernel: KernelName | Literal["auto"] = "auto"
+    """How one shard meets one shard. On Hopper GPUs `auto` is cudnn, the fastest, and a run repeats to the
+    bit with pallas alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

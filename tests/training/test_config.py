@@ -56,6 +56,14 @@ def test_there_are_configs():
     }
 
 
+def test_all_of_the_ring_section_reaches_the_ring(read):
+    given = {"layout": "'striped'", "strategy": "'ring'", "bidirectional": "true", "payload": "'int8'"}
+    lines = [f"{key} = {value}" for key, value in (given | {"kernel": "'pallas'"}).items()]
+    ring = read("\n".join([TEXT, "[ring]", *lines])).make_ring()
+    assert (ring.layout, ring.strategy, ring.bidirectional) == ("striped", "ring", True)
+    assert (ring.payload, ring.kernel) == ("int8", "pallas")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_are_read_and_come_back_from_what_is_written(read, path):
     config = read_config(path)
