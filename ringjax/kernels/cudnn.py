@@ -90,7 +90,7 @@ def forward(
         return jax.tree.map(lambda x, new: x.at[:, stretch.rows].set(new), nothing, met)
 
     def by_pallas() -> Partial:
-        out, lse = pallas.forward(q, kv, tile, partials.empty(shape))
+        out, lse = pallas.forward(q, kv, tile, vary_alike(partials.empty(shape), q)[0])
         return Partial(out.astype(q.dtype), lse)
 
     met = _meet(q, kv, tile, compute, by_pallas, nothing)
@@ -122,7 +122,7 @@ def backward(
 
     def by_pallas() -> tuple[jax.Array, jax.Array]:
         start = Gradients(jnp.zeros(q.shape, jnp.float32), jnp.zeros(kv.shape, jnp.float32))
-        found = pallas.backward(q, kv, lse, delta, dout, tile, start)
+        found = pallas.backward(q, kv, lse, delta, dout, tile, vary_alike(start, q)[0])
         return found.dq.astype(q.dtype), found.dkv.astype(kv.dtype)
 
     # Added only here: what arrives from another rank then does so while this is computed.
