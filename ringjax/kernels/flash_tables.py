@@ -283,7 +283,12 @@ FLOAT32: dict[int, Launch] = {
     128: Launch(
         BlockSizes(q=16, kv=16),
         forward=Pass(8),
-        dq=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=32), rich=Pass(8, stages=1)),
+        dq=Pass(
+            8,
+            stages=1,
+            blocks=BlockSizes(q=16, kv=32),
+            rich=Pass(8),
+        ),
         dkv=Pass(
             8,
             stages=1,
