@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from ..masks import Tokens
 from .base import Blocks, BlockSizes, Device, Tile, Visits, in_order, verdict_table
 
-__all__ = ["Chip", "Cut", "Launch", "PassName", "Tables", "chip_of", "launch_of", "padded_head"]
+__all__ = ["Cut", "Launch", "PassName", "Tables", "chip_of", "launch_of", "padded_head"]
 
 # The least that a tensor core multiplies, on each side.
 SMALLEST = 16
