@@ -66,7 +66,7 @@ def _lacks(tile: Tile, dtype: DTypeLike, platform: str, head_sizes: HeadSizes) -
     if rule.scale == 0:
         return "makes NaN of a scale of 0", "pallas"
     if (reason := pallas.supports(tile, dtype, platform, head_sizes)) is not None:
-        return f"leaves some meetings to kernel 'pallas', which {reason}", "blockwise"
+        return f"leaves some meetings to another, and {reason.partition(';')[0]}", "blockwise"
     return None
 
 

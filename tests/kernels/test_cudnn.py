@@ -15,7 +15,7 @@ import pytest
 import test_blockwise as contract
 from cases import Case, check
 
-from ringjax import Causal, Full, Ring, SlidingWindow, ring_attention
+from ringjax import Causal, Full, MaskFn, Ring, SlidingWindow, ring_attention
 from ringjax.kernels import (
     Device,
     Gradients,
@@ -216,6 +216,8 @@ def test_the_whole_ring_matches_the_oracle(rng, name) -> None:
 def test_what_it_cannot_do_names_the_kernel_that_can(monkeypatch) -> None:
     monkeypatch.undo()
     tile = lambda mask=None, **kw: contract.tile_of([0], [0], mask, device=HOPPER, **kw)
+    table = jnp.arange(8)
+    looked_up = lambda i, j: table[jnp.clip(i, 0, 7)] >= j
     array, seed = jnp.ones((1, 1, 1, 1)), jnp.zeros(3, jnp.uint32)
     for made, dtype, platform, sizes, reason, other in (
         (tile(), "bfloat16", "cpu", HEADS, "does not run on cpu", "blockwise"),
@@ -226,6 +228,7 @@ def test_what_it_cannot_do_names_the_kernel_that_can(monkeypatch) -> None:
         (tile(operands=Operands(bias=array)), "bfloat16", "gpu", HEADS, "no biases", "pallas"),
         (tile(operands=Operands(mask=array > 0)), "bfloat16", "gpu", HEADS, "no mask arrays", "pallas"),
         (tile(operands=Operands(seed=seed)), "bfloat16", "gpu", HEADS, "dropout", "pallas"),
+        (tile(MaskFn(looked_up)), "bfloat16", "gpu", HEADS, "and kernel 'pallas' does not look", "blockwise"),
         (tile(scale=0.0), "bfloat16", "gpu", HEADS, "a scale of 0", "pallas"),
         (tile(rule={"soft_cap": 3.0}), "bfloat16", "gpu", HEADS, "no soft cap", "pallas"),
     ):
@@ -233,6 +236,7 @@ def test_what_it_cannot_do_names_the_kernel_that_can(monkeypatch) -> None:
         assert found is not None
         assert reason in found
         assert found.endswith(f"; kernel {other!r} does")
+        assert found.count(";") == 1
     for mask in (Full(), Causal(), SlidingWindow(3)):
         assert cudnn.supports(tile(mask), "float16", "gpu", HEADS) is None
 
