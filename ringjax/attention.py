@@ -539,7 +539,13 @@ def _problem(
         device=device,
         batch_axes=ring.batch_axes,
         head_axes=ring.head_axes,
+        halves_own=_sends_meanwhile(device),
     )
+
+
+def _sends_meanwhile(device: Device) -> bool:
+    """Whether the links work while the device computes; on CPUs both take the same cores."""
+    return device.platform != "cpu"
 
 
 def _schedule(mask, own_positions: bool, padded, ring: Ring, axis_sizes: tuple[int, ...]) -> Schedule:

@@ -279,20 +279,20 @@ HALF: dict[Chip, dict[int, Launch]] = {
 
 # No chip has tensor cores for it, and operands are held in registers.
 FLOAT32: dict[int, Launch] = {
-    64: Launch(BlockSizes(q=32, kv=32), forward=Pass(8), dq=Pass(8), dkv=Pass(8)),
+    64: Launch(
+        BlockSizes(q=32, kv=32),
+        forward=Pass(8, rich=Pass(8, blocks=BlockSizes(q=32, kv=16))),
+        dq=Pass(8),
+        dkv=Pass(8),
+    ),
     128: Launch(
         BlockSizes(q=16, kv=16),
         forward=Pass(8),
-        dq=Pass(
-            8,
-            stages=1,
-            blocks=BlockSizes(q=16, kv=32),
-            rich=Pass(8),
-        ),
+        dq=Pass(8, blocks=BlockSizes(q=16, kv=32), rich=Pass(8)),
         dkv=Pass(
             8,
             stages=1,
-            blocks=BlockSizes(q=16, kv=32),
+            blocks=BlockSizes(q=32, kv=16),
             rich=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=64)),
         ),
         bias=Pass(8, stages=1),
@@ -300,8 +300,13 @@ FLOAT32: dict[int, Launch] = {
     256: Launch(
         BlockSizes(q=16, kv=16),
         forward=Pass(8),
-        dq=Pass(8, stages=1, blocks=BlockSizes(q=32, kv=16)),
+        dq=Pass(
+            8,
+            stages=1,
+            blocks=BlockSizes(q=32, kv=16),
+            rich=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=32)),
+        ),
         dkv=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=32)),
-        bias=Pass(8, stages=1),
+        bias=Pass(4, stages=1, blocks=BlockSizes(q=16, kv=32)),
     ),
 }

@@ -61,6 +61,7 @@ class Problem:
         device: what it runs on.
         batch_axes: mesh axes that the batch is split over.
         head_axes: mesh axes that the heads are split over.
+        halves_own: whether a rank may work on its own shard in two parts.
     """
 
     axis_names: tuple[str, ...]
@@ -79,6 +80,7 @@ class Problem:
     device: Device
     batch_axes: tuple[str, ...]
     head_axes: tuple[str, ...]
+    halves_own: bool = False
 
     @property
     def ring_size(self) -> int:

@@ -14,6 +14,7 @@ import jax
 from ..schedule import Schedule
 from . import rotate_kv
 from .base import Inputs, Problem, decoded, finish, gradient, no_partial
+from .halves import own_parts
 from .journey import add, journey
 
 __all__ = ["backward", "forward"]
@@ -38,13 +39,14 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
 def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem) -> Inputs:
     """Gradients of what stays, and of this rank's own keys and values."""
     between, within = _rings(problem)
+    parts = own_parts(inputs.q.shape[2], decoded(inputs, problem).shape[1], problem)
 
     def round_(stay, shard, host, left):
-        def visit(stay, shard, device, left):
+        def visit(stay, shard, device, left, heads=None):
             source = _source(problem, host, device)
-            return rotate_kv.fold_back(stay, shard, left, source, inputs, (lse, delta, dout), problem)
+            return rotate_kv.fold_back(stay, shard, left, source, inputs, (lse, delta, dout), problem, heads)
 
-        stay, more = journey(shard, stay, visit, problem=within, legs=within.schedule.legs)
+        stay, more = journey(shard, stay, visit, problem=within, legs=within.schedule.legs, own_parts=parts)
         return stay, more if left is None else add(left, more)
 
     start, home = rotate_kv.nothing_back(inputs, problem), (inputs.kv, inputs.kv_tokens)

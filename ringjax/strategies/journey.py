@@ -2,8 +2,8 @@
 
 What travels goes ahead of the work: the permute of the next shard is issued before the compute on this one,
 and the last shard is not sent on. What visits leave for the owner of a shard follows it one hop late, so that
-its permute too is issued before the compute. Legs in opposite directions go in step, one hop of each at
-a time.
+its permute too is issued before the compute; it comes home while the rank works on the rest of its own shard.
+Legs in opposite directions go in step, one hop of each at a time.
 """
 
 import functools as ft
@@ -34,12 +34,12 @@ def add(a: Tree, b: Tree) -> Tree:
 def journey(
     home: Tree,
     stay: Tree,
-    visit: Callable[[Tree, Tree, Any, Tree], tuple[Tree, Tree]],
+    visit: Callable[..., tuple[Tree, Tree]],
     *,
     problem: Problem,
     legs: Sequence[Sequence[int]],
     add: Add | None = add,
-    last_anew: bool = False,
+    own_parts: tuple[Any, ...] = (),
 ) -> tuple[Tree, Tree]:
     """Sends the shard of every rank to all that the legs name.
 
@@ -47,12 +47,13 @@ def journey(
         home: this rank's own shard.
         stay: what this rank keeps and updates.
         visit: `visit(stay, shard, offset, left) -> (stay, left)`: works on the shard of rank - offset, and
-            adds to what others have left for its owner, None where it is the first.
+            adds to what others have left for its owner, None where it is the first. Where the own shard is
+            visited in parts, `visit(stay, shard, offset, left, part)`.
         problem: whose ring it is.
         legs: as in `Schedule`.
         add: sums what the legs bring home; None where what is left is `()`, nothing.
-        last_anew: whether the last stop of a leg starts from nothing, and what arrives is added afterwards:
-            more room for once, but then the way home too has work to hide behind.
+        own_parts: two parts of the work on the own shard, the first done before all others, the second while
+            what is left comes home; nothing does the whole of it first, and nothing while that comes home.
 
     Returns:
         What stayed, and the sum of what all ranks have left for this one.
@@ -64,7 +65,8 @@ def journey(
     else:
         with jax.named_scope(AHEAD):
             shards = [problem.permute(parcel, leg[0]) for leg in legs]
-        stay, own = visit(stay, home, 0, None)
+        own_parts = own_parts if legs else ()
+        stay, own = visit(stay, home, 0, None, *own_parts[:1])
         # What the rank leaves for itself goes along on the first leg, which takes no room of its own.
         left = [own, *[None] * (len(legs) - 1)][: len(legs)]
         arrived = [] if legs else [own]
@@ -75,10 +77,13 @@ def journey(
     at = 0
     while legs:
         hops = [_hops(leg, at, add) for leg in legs]
-        step = ft.partial(_step, [leg[at] for leg in legs], hops, met, problem, add if last_anew else None)
+        step = ft.partial(_step, [leg[at] for leg in legs], hops, met, problem)
         count = 1 if any(x is None for x in left) else _alike(legs, at, add)
         stay, shards, left = _repeat(step, (stay, shards, left), count)
         at += count
+        if own_parts and all(at == len(leg) for leg in legs):
+            # What is done meanwhile is not begun before.
+            stay, home, left = lax.optimization_barrier((stay, home, left))
         for leg, sum_ in zip(legs, left, strict=True):
             if at == len(leg):
                 with jax.named_scope(BEHIND):
@@ -87,10 +92,13 @@ def journey(
         legs, shards, left = (
             [x for x, on in zip(xs, going, strict=True) if on] for xs in (legs, shards, left)
         )
+    for part in own_parts[1:]:
+        stay, own = visit(stay, home, 0, None, part)
+        arrived.append(own)
     return stay, () if add is None else ft.reduce(add, arrived)
 
 
-def _step(offsets, hops, visit, problem: Problem, add_last: Add | None, carry, index):
+def _step(offsets, hops, visit, problem: Problem, carry, index):
     """One hop of every leg; offsets are those of the first of a run of steps, `index` counts them."""
     stay, shards, left = carry
     with jax.named_scope(AHEAD):
@@ -105,12 +113,8 @@ def _step(offsets, hops, visit, problem: Problem, add_last: Add | None, carry, i
         ]
     sums = []
     for shard, sum_, offset, (_, out) in zip(shards, arriving, offsets, hops, strict=True):
-        if out is None and sum_ is not None and add_last is not None:
-            stay, more = visit(stay, shard, offset, None)
-            sums.append(add_last(sum_, more))
-        else:
-            stay, sum_ = visit(stay, shard, offset if out is None else offset + index * out, sum_)
-            sums.append(sum_)
+        stay, sum_ = visit(stay, shard, offset if out is None else offset + index * out, sum_)
+        sums.append(sum_)
     return stay, following, sums
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
-__all__ = ["pack", "unpack"]
+__all__ = ["is_whole_device", "pack", "unpack"]
 
 
 def pack(tree: Any) -> Any:
@@ -42,8 +42,13 @@ def _as(units: Shaped[Array, "... W"], dtype: jnp.dtype) -> Shaped[Array, "..."]
 
 def _is_packed(arrays: list[Any]) -> bool:
     """Not where XLA shards over further axes: one row has no heads to split, so it would gather them."""
+    return len(arrays) > 1 and is_whole_device()
+
+
+def is_whole_device() -> bool:
+    """Whether what is seen here is what a device holds, and XLA does not shard it over further axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    return len(arrays) > 1 and set(mesh.manual_axes) == set(mesh.axis_names)
+    return set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 _UNITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}

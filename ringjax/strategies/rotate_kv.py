@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ..kernels import Gradients
 from .base import Inputs, Problem, decoded, finish, gradient, no_gradients, no_partial, tile
+from .halves import Heads, kernel_of, own_parts
 from .journey import journey
 
 __all__ = ["backward", "fold", "fold_back", "forward"]
@@ -33,12 +34,14 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
 def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem) -> Inputs:
     """Gradients of what stays, and of this rank's own keys and values."""
 
-    def visit(stay, shard, offset, left):
-        return fold_back(stay, shard, left, _source(problem, offset), inputs, (lse, delta, dout), problem)
+    def visit(stay, shard, offset, left, heads=None):
+        source = _source(problem, offset)
+        return fold_back(stay, shard, left, source, inputs, (lse, delta, dout), problem, heads)
 
-    home = inputs.kv, inputs.kv_tokens
+    home, start = (inputs.kv, inputs.kv_tokens), nothing_back(inputs, problem)
+    parts = own_parts(inputs.q.shape[2], decoded(inputs, problem).shape[1], problem)
     (gradients, dconstants), dkv = journey(
-        home, nothing_back(inputs, problem), visit, problem=problem, legs=problem.schedule.legs
+        home, start, visit, problem=problem, legs=problem.schedule.legs, own_parts=parts
     )
     return gradient(gradients, dkv, dconstants)
 
@@ -57,7 +60,9 @@ def nothing_back(inputs: Inputs, problem: Problem) -> tuple[Gradients, Any]:
     return gradients._replace(dkv=None), jax.tree.map(jnp.zeros_like, dconstants)
 
 
-def fold_back(stay, shard, left, source, inputs: Inputs, statistics, problem: Problem):
+def fold_back(
+    stay, shard, left, source, inputs: Inputs, statistics, problem: Problem, heads: Heads | None = None
+):
     """Gradients of what stays, with those from a shard; and the gradient of that shard as it travels.
 
     The kernel goes on from the gradient that others have left, which therefore takes no room beside its own.
@@ -68,7 +73,7 @@ def fold_back(stay, shard, left, source, inputs: Inputs, statistics, problem: Pr
     meeting = tile(inputs, problem, inputs.q_tokens, kv_tokens, problem.rank, source)
     goes_on = left is not None and not problem.payload.expands
     start = gradients._replace(dkv=left if goes_on else no_gradients(inputs, kv).dkv)
-    gradients = problem.kernel_module.backward(inputs.q, kv, *statistics, meeting, start)
+    gradients = kernel_of(problem, heads).backward(inputs.q, kv, *statistics, meeting, start)
     dwire, more = problem.payload.pull(wire, inputs.constants, gradients.dkv)
     if left is not None and not goes_on:
         dwire = left + dwire

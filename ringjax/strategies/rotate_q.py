@@ -14,6 +14,7 @@ from jaxtyping import Array
 from .. import partials
 from ..kernels import Tile
 from .base import Inputs, Problem, decoded, finish, gradient, no_gradients, no_partial, tile
+from .halves import kernel_of, own_parts
 from .journey import journey
 
 __all__ = ["backward", "forward"]
@@ -23,15 +24,18 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
     """Attention over the shards of the schedule."""
     kv, there = decoded(inputs, problem), _with_operands_by_keys(inputs, problem)
 
-    def visit(stay, shard, offset, left):
+    def visit(stay, shard, offset, left, heads=None):
         q, q_tokens = shard
         meeting = _meeting(there, problem, q_tokens, offset)
         # From nothing, and merged afterwards: so what is left has until then to arrive.
-        partial = problem.kernel_module.forward(q, kv, meeting, no_partial(inputs, kv))
+        partial = kernel_of(problem, heads).forward(q, kv, meeting, no_partial(inputs, kv))
         return stay, partial if left is None else partials.merge(left, partial)
 
     home = inputs.q, inputs.q_tokens
-    _, partial = journey(home, (), visit, problem=problem, legs=_legs(problem), add=partials.merge)
+    parts = own_parts(inputs.q.shape[2], kv.shape[1], problem)
+    _, partial = journey(
+        home, (), visit, problem=problem, legs=_legs(problem), add=partials.merge, own_parts=parts
+    )
     return finish(partial, inputs, problem)
 
 
@@ -40,16 +44,17 @@ def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, 
     kv = decoded(inputs, problem)
     nothing = no_gradients(inputs, kv)
 
-    def visit(stay, shard, offset, left):
+    def visit(stay, shard, offset, left, heads=None):
         q, q_tokens, *statistics = shard
         meeting = _meeting(inputs, problem, q_tokens, offset)
         start = stay._replace(dq=nothing.dq if left is None else left)
-        gradients = problem.kernel_module.backward(q, kv, *statistics, meeting, start)
+        gradients = kernel_of(problem, heads).backward(q, kv, *statistics, meeting, start)
         return gradients._replace(dq=None), gradients.dq
 
     home = inputs.q, inputs.q_tokens, lse, delta, dout
     start = nothing._replace(dq=None)
-    stay, dq = journey(home, start, visit, problem=problem, legs=_legs(problem), last_anew=True)
+    parts = own_parts(inputs.q.shape[2], kv.shape[1], problem)
+    stay, dq = journey(home, start, visit, problem=problem, legs=_legs(problem), own_parts=parts)
     dkv, dconstants = problem.payload.pull(inputs.kv, inputs.constants, stay.dkv)
     return gradient(stay._replace(dq=dq), dkv, dconstants)
 
