@@ -24,7 +24,7 @@ from .errors import CommandError, user_errors
 __all__ = ["PlanCommand"]
 
 WIDE = 100
-SHAPE = ("heads", "kv_heads", "head_dim", "value_dim")
+SHAPE = ("heads", "kv_heads", "head_dim", "value_dim", "latent_dim", "rotary_dim")
 OF_A_CALL = ("kv_tokens", "batch", "causal", "window", "payload", "strategy", "layout")
 
 
@@ -59,6 +59,10 @@ class PlanCommand:
     """Under --causal: to so many at most, itself included."""
     payload: Payload | None = None
     """The form in which keys and values travel; by default as they are."""
+    latent_dim: int | None = None
+    """Size of a latent (MLA) that travels in place of keys and values; by default there is none."""
+    rotary_dim: int = 0
+    """Size of the rotary key beside it, which is a part of --head-dim."""
     hardware: str = "h100-sxm"
     """What the devices are: a100-80gb-sxm, h100-sxm, h100-pcie, h200-sxm, b200, gb200-nvl72, l40s, or
     measured, which is what --measure stored."""
@@ -164,6 +168,8 @@ class PlanCommand:
             causal=causal,
             window=self.window,
             payload=self.payload,
+            latent_dim=self.latent_dim,
+            rotary_dim=self.rotary_dim,
             hardware=self.hardware,
             devices=self.devices,
             training=self.training,

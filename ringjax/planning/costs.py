@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .. import layouts
-from ..kernels import BlockSizes
+from ..kernels import BlockSizes, Device, KernelName, Operands, Rule, choose_kernel
 from ..kernels.base import block_size
 from .hardware import Hardware
 from .wire import Pass, Transfer, moves_queries, transfers
 from .workload import F32, Choice, Shard, Workload, attended_pairs, ring_schedule, visits
 
-__all__ = ["Bound", "Prediction", "flop", "memory", "predict"]
+__all__ = ["Bound", "Prediction", "flop", "kernel_for", "memory", "predict"]
 
 # Queries by keys that a kernel computes at a time.
 TILE = BlockSizes().q, BlockSizes().kv
@@ -39,8 +39,8 @@ class Prediction:
         link_seconds: all sending.
         exposed_seconds: of that, what no computation hides.
         seconds: the call.
-        efficiency: what the operations alone would take at the kernel's rate, all devices equally busy, over
-            `seconds`.
+        efficiency: what the operations alone would take at the best rate of a kernel, all devices equally
+            busy, over `seconds`.
         bound: where most of the time goes: into operations, over the links, or into device memory.
     """
 
@@ -129,7 +129,7 @@ def predict(workload: Workload, choice: Choice, hardware: Hardware, *, training:
         time += clock.time(own)
         count = flop(workload, workload.pairs, pass_) / choice.devices
         operations += count
-        ideal += count / clock.rate
+        ideal += count / clock.best_rate
         hops = hops or clock.hops
     seconds = time.compute + time.memory + time.exposed
     limits: dict[Bound, float] = {"compute": time.compute, "link": time.exposed, "memory": time.memory}
@@ -138,7 +138,7 @@ def predict(workload: Workload, choice: Choice, hardware: Hardware, *, training:
         transfers=sent,
         hops=hops,
         flop=operations,
-        memory=memory(workload, choice, training=training),
+        memory=memory(workload, choice, training=training, kernel=kernel_for(workload, hardware)[0]),
         compute_seconds=time.compute + time.memory,
         link_seconds=time.link,
         exposed_seconds=time.exposed,
@@ -146,6 +146,28 @@ def predict(workload: Workload, choice: Choice, hardware: Hardware, *, training:
         efficiency=ideal / seconds,
         bound=max(limits, key=lambda bound: limits[bound]),
     )
+
+
+def kernel_for(workload: Workload, hardware: Hardware) -> tuple[KernelName, str]:
+    """What `kernel="auto"` takes on such devices, and why."""
+    device = Device(platform="gpu", kind=hardware.name.upper(), has_cudnn=True)
+    if hardware.shared_processor:
+        device = Device()
+    rule, head_sizes = Rule(mask=workload.mask, scale=1.0), (workload.head_dim, workload.value_size)
+    return choose_kernel(rule, Operands(), workload.dtype, head_sizes, device)
+
+
+def _goes_to_cudnn(workload: Workload, choice: Choice) -> bool:
+    """Whether shards meet as that kernel takes them: in full, or each itself causally."""
+    if workload.window is not None or choice.layout == "striped":
+        return False
+    match choice.strategy:
+        case "ring" | "ring_q" | "double_ring":
+            return True
+        case "ulysses" | "usp":
+            return choice.layout == "contiguous"
+        case "all_gather":
+            return False
 
 
 # ---------------------------------------------------------------- operations
@@ -165,26 +187,32 @@ def flop(workload: Workload, pairs: float, pass_: Pass) -> float:
 # ---------------------------------------------------------------- memory
 
 
-def memory(workload: Workload, choice: Choice, *, training: bool) -> dict[str, int]:
+def memory(
+    workload: Workload, choice: Choice, *, training: bool, kernel: KernelName = "blockwise"
+) -> dict[str, int]:
     """Bytes on one device, of the call alone: its arguments and results, and what it needs meanwhile.
 
     In training results are the three gradients, and the output is needed meanwhile. How many copies of what
     travels are alive at once is counted in the compiled programs.
     """
     shard = inside = workload.shard(choice)
+    expansions = shard.item_size * shard.expansion_items
     found = {
-        "inputs": shard.q + shard.kv + (shard.out if training else 0),
-        "outputs": shard.q + shard.kv if training else shard.out,
+        "inputs": shard.q + shard.given + expansions + (shard.out if training else 0),
+        "outputs": shard.q + shard.given + expansions if training else shard.out,
     }
     if choice.strategy in ("ulysses", "usp"):
         inside = shard.split_by_heads(choice.inner)
         found["resharded"] = inside.q + inside.out
-    # One from each way is decoded at a time.
-    decoded = inside.kv * (1 + choice.bidirectional) if workload.payload in ("int8", "float8") else 0
-    forward = _forward_buffers(inside, choice, decoded)
+    forward = _forward_buffers(inside, choice)
+    backward = _backward_buffers(inside, workload, choice) if training else {}
+    if kernel == "cudnn" and choice.strategy not in ("all_gather", "ulysses"):
+        # What comes of a meeting is apart until it is merged. cuDNN's own workspace is not counted.
+        if choice.strategy != "ring_q":
+            forward["of a meeting"] = 2 * inside.out
+        backward["of a meeting"] = inside.q + inside.kv + inside.out
     if training:
         found["kept for the backward pass"] = inside.out + inside.statistics
-        backward = _backward_buffers(inside, workload, choice, decoded)
         if choice.strategy == "ring_q" and choice.bidirectional:
             # What travels in the one pass is of no use to what travels in the other.
             found |= {name: forward.get(name, 0) + backward.get(name, 0) for name in (*forward, *backward)}
@@ -201,44 +229,53 @@ def _total(buffers: dict[str, int]) -> int:
     return sum(buffers.values())
 
 
-def _forward_buffers(shard: Shard, choice: Choice, decoded: int) -> dict[str, int]:
+def _decoded(shard: Shard, choice: Choice) -> int:
+    """What comes out of a payload: one shard from each way at a time, made one after the other."""
+    return shard.decoded * (1 + choice.bidirectional) + shard.expanded
+
+
+def _forward_buffers(shard: Shard, choice: Choice) -> dict[str, int]:
     """What travels, and float32 sums; those of a float32 call are the results themselves."""
     partial = F32 * shard.out_items if shard.item_size != F32 else 0
     match choice.strategy:
         case "all_gather":
-            gathered = choice.devices * (2 * shard.kv_sent + decoded) // choice.head_groups
+            gathered = choice.devices * (2 * shard.kv_sent + _decoded(shard, choice)) // choice.head_groups
             pieces = shard.q + shard.kv + shard.out if choice.head_groups > 1 else 0
             return {"gathered": gathered, "parts of heads": pieces, "accumulators": partial}
         case "ring_q":
             on_way = 2 * shard.q + 3 * F32 * shard.out_items
             on_way *= 2 if choice.bidirectional else 1
-            return {"keys and values": 2 * shard.kv, "on the way": on_way}
+            return {"keys and values": shard.given + shard.kv, "on the way": on_way}
         case "double_ring":
             copies = 2
         case "ring" | "ulysses" | "usp":
             copies = 3 if choice.bidirectional else 1
     return {
-        "keys and values": shard.kv + decoded,
+        "keys and values": shard.given + _decoded(shard, choice),
         "on the way": copies * shard.kv_sent,
         "accumulators": partial,
     }
 
 
-def _backward_buffers(shard: Shard, workload: Workload, choice: Choice, decoded: int) -> dict[str, int]:
+def _backward_buffers(shard: Shard, workload: Workload, choice: Choice) -> dict[str, int]:
     """What travels and its gradient, which follows; of the float32 sums those that are no results."""
     wider = shard.item_size != F32
-    dq, dkv = F32 * shard.q_items, F32 * shard.kv_items
+    dq, dkv = F32 * shard.q_items, F32 * shard.wire_items
+    decoded = _decoded(shard, choice)
     match choice.strategy:
         case "all_gather":
-            gathered = choice.devices * (2 * shard.kv_sent + dkv + decoded) // choice.head_groups
+            gathered = F32 * shard.kv_items + 2 * shard.kv_sent + decoded
+            gathered = choice.devices * gathered // choice.head_groups
             pieces = 2 * shard.q + shard.kv + 2 * shard.out if choice.head_groups > 1 else 0
             return {"gathered": gathered, "parts of heads": pieces, "accumulators": dq * wider}
         case "ulysses":
             return {"keys and values": shard.kv + shard.kv_sent, "accumulators": dkv + dq * wider}
         case _ if choice.devices == 1:
             on_way, sums = dkv, dq
+            decoded += shard.expanded
         case "double_ring":
             on_way, sums = 3 * shard.kv_sent + 4 * dkv, dq
+            decoded += 5 * shard.expanded
         case "ring" | "ring_q" | "usp":
             queries = choice.strategy == "ring_q"
             if moves_queries(shard, ring_schedule(workload, choice), "backward", queries=queries):
@@ -246,7 +283,8 @@ def _backward_buffers(shard: Shard, workload: Workload, choice: Choice, decoded:
             else:
                 on_way, sums = 2 * (shard.kv_sent + dkv), dq
             on_way *= 2 if choice.bidirectional else 1
-    return {"keys and values": shard.kv + decoded, "on the way": on_way, "accumulators": sums * wider}
+            decoded += (8 if choice.bidirectional else 3) * shard.expanded
+    return {"keys and values": shard.given + decoded, "on the way": on_way, "accumulators": sums * wider}
 
 
 def _tile(shard: Shard) -> int:
@@ -278,7 +316,9 @@ class _Clock:
         self.pass_: Pass = pass_
         self.shard = workload.shard(choice)
         fraction = hardware.forward_fraction if pass_ == "forward" else hardware.backward_fraction
-        self.rate = fraction * hardware.peak(workload.dtype)
+        self.best_rate = self.rate = fraction * hardware.peak(workload.dtype)
+        if kernel_for(workload, hardware)[0] == "cudnn" and not _goes_to_cudnn(workload, choice):
+            self.rate *= hardware.pallas_fraction
         self.overhead = hardware.forward_overhead if pass_ == "forward" else hardware.backward_overhead
         runs = layouts.chunks(choice.layout)
         self.tile = (
@@ -288,9 +328,11 @@ class _Clock:
         self.ring_size = choice.outer if choice.strategy == "usp" else choice.devices
         if choice.strategy == "usp":
             self.shard = self.shard.split_by_heads(choice.inner)
-        self.steps = [(0,)]
+        self.steps, self.keys_stay = [(0,)], False
         if choice.strategy in ("ring", "ring_q", "usp"):
-            self.steps = visits(ring_schedule(workload, choice))
+            schedule, queries = ring_schedule(workload, choice), choice.strategy == "ring_q"
+            self.steps = visits(schedule)
+            self.keys_stay = moves_queries(self.shard, schedule, pass_, queries=queries)
 
     @property
     def hops(self) -> int:
@@ -317,10 +359,15 @@ class _Clock:
                 return self._all_gather(sent)
 
     def _ring(self, sent: list[Transfer]) -> _Time:
-        """Steps, in each of which a shard is met; what follows is sent home after the last."""
-        last, total = len(self.steps) - 1, _Time()
+        """Steps, in each of which a shard is met; what follows comes home during half of the first one's."""
+        last, total, rest = len(self.steps) - 1, _Time(), _Time()
+        if self.keys_stay:
+            total += _Time(compute=self._expanding(self.shard))
+        halves = last and any(t.follows for t in sent) and self.shard.heads > 1
         for index, offsets in enumerate(self.steps):
             computing = self._compute(self._most_pairs(offsets), self.shard, len(offsets))
+            if index == 0 and halves:
+                computing = rest = _Time(*(value / 2 for value in computing))
             # As many shards leave as are met next. What follows those met before leaves with them, and of the
             # own shard, which begins every leg, only what follows the first leg.
             ahead = len(self.steps[index + 1]) if index < last else 0
@@ -328,7 +375,7 @@ class _Clock:
             sending = self._together([(t, behind if t.follows else ahead) for t in sent])
             total += self._overlapped(computing, sending)
         home = len(self.steps[1]) if last else 0
-        return total + self._alone(self._together([(t, home) for t in sent if t.follows]))
+        return total + self._overlapped(rest, self._together([(t, home) for t in sent if t.follows]))
 
     def _double_ring(self, sent: list[Transfer]) -> _Time:
         """Rounds; the outer step is on its way during a whole round, the inner ones during theirs."""
@@ -399,6 +446,8 @@ class _Clock:
         rows = shards * shard.batch * shard.queries * shard.heads
         keys = shard.batch * shard.kv_heads * pairs / self.tile[0]
         operations += self.overhead.row * rows + self.overhead.key * keys
+        if not self.keys_stay:
+            operations += shards * self._expanding(shard)
         if not pairs:
             return _Time(compute=operations)
         touched = 1.0
@@ -410,6 +459,16 @@ class _Clock:
             moved += shards * (2 * F32 * (shard.kv_items + shard.q_items) + shard.out)
         reading = touched * moved / (self.hardware.memory_fraction * self.hardware.memory_bandwidth)
         return _Time(compute=operations) if operations >= reading else _Time(memory=reading)
+
+    def _expanding(self, shard: Shard) -> float:
+        """Seconds of making keys and values of a latent; backward, and of pulling back, in float32."""
+        operations = 2 * shard.batch * shard.keys * shard.expansion_items
+        if not operations:
+            return 0.0
+        seconds = operations / self.hardware.peak(self.workload.dtype)
+        return (
+            seconds if self.pass_ == "forward" else seconds + 2 * operations / self.hardware.peak("float32")
+        )
 
     # Sending
 

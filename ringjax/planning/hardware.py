@@ -44,7 +44,8 @@ class Hardware:
 
     Attributes:
         name: what `hardware=` calls it.
-        flops: dense peak of matrix products by dtype of the operands, operations per second.
+        flops: dense peak of matrix products by dtype of the operands, operations per second. Attention is
+            computed in bfloat16, float16 or float32; one byte is what `payload` may send.
         memory_bytes: device memory.
         memory_bandwidth: of that memory, bytes per second.
         host_bandwidth: what a device sends to those of its host (or NVLink domain), bytes per second and
@@ -54,6 +55,7 @@ class Hardware:
         latency: what a collective takes apart from its bytes, seconds.
         forward_fraction: of the peak, attained by an attention kernel on long shards, forward.
         backward_fraction: likewise, backward.
+        pallas_fraction: what of those two kernel `"pallas"` attains, where they are of `"cudnn"`.
         forward_overhead: what the kernel takes beside its products, forward.
         backward_overhead: likewise, backward.
         link_fraction: of either link, attained.
@@ -81,6 +83,7 @@ class Hardware:
     backward_fraction: float
     forward_overhead: Overhead = Overhead()
     backward_overhead: Overhead = Overhead()
+    pallas_fraction: float = 1.0
     link_fraction: float = 0.8
     memory_fraction: float = 0.8
     both_ways: float = 1.0
@@ -126,9 +129,10 @@ class Hardware:
         return dataclasses.asdict(self)
 
 
-def _by_dtype(*, half: float, single: float) -> dict[str, float]:
-    """Peaks of tensor cores for half precision, and of plain cores for float32, which no TF32 rounds."""
-    return {"bfloat16": half, "float16": half, "float32": single}
+def _by_dtype(*, half: float, single: float, byte: float, has_float8: bool = True) -> dict[str, float]:
+    """Peaks of tensor cores, and of plain cores for float32, which no TF32 rounds."""
+    rates = {"bfloat16": half, "float16": half, "float32": single, "int8": byte}
+    return rates | ({"float8": byte} if has_float8 else {})
 
 
 _LATENCY = 1e-5
@@ -137,6 +141,10 @@ _FLASH_4 = "FlashAttention-4 (Together AI, 2026), abstract: 1,613 TFLOP/s on a B
 _ON_AN_H100 = (
     "measured on one H100 SXM with jax 0.11.2 by kernel 'cudnn', bfloat16, 16,384 tokens, 8 heads of 128, "
     "full: 630 TFLOP/s forward, 530 backward (FlashAttention-3, arXiv:2407.08608, has 740 and 560)"
+)
+_PALLAS_ON_AN_H100 = (
+    "measured on one H100 SXM with jax 0.11.2, bfloat16, 32,768 tokens, 8 heads of 128, causal: 0.64 "
+    "forward, 0.67 backward"
 )
 _LIKE_THAT_H100 = f"taken for that of an H100 SXM, {_ON_AN_H100}"
 _DGX_B200 = "DGX B200 datasheet (nvidia.com/en-us/data-center/dgx-b200)"
@@ -153,6 +161,7 @@ def _sources(*, forward: str, backward: str, network: str, **others: str) -> dic
         "backward_fraction": backward,
         "forward_overhead": "an assumption: none",
         "backward_overhead": "an assumption: none",
+        "pallas_fraction": "an assumption: that kernel attains those fractions there",
         "link_fraction": "an assumption: large messages of nccl-tests commonly reach 80 % or more",
         "memory_fraction": "an assumption: copies commonly reach 80 % or more; one H100 SXM reached 87 %",
         "both_ways": "all links of a GPU leave through one switch",
@@ -163,7 +172,7 @@ def _sources(*, forward: str, backward: str, network: str, **others: str) -> dic
 _ALL = (
     Hardware(
         name="a100-80gb-sxm",
-        flops=_by_dtype(half=312e12, single=19.5e12),
+        flops=_by_dtype(half=312e12, single=19.5e12, byte=624e12, has_float8=False),
         memory_bytes=80e9,
         memory_bandwidth=2039e9,
         host_bandwidth=300e9,  # NVLink 3: 600 GB/s, both directions together
@@ -181,7 +190,7 @@ _ALL = (
     ),
     Hardware(
         name="h100-sxm",
-        flops=_by_dtype(half=989.5e12, single=67e12),  # 1,979 TFLOP/s with sparsity
+        flops=_by_dtype(half=989.5e12, single=67e12, byte=1979e12),  # half of those with sparsity
         memory_bytes=80e9,
         memory_bandwidth=3350e9,
         host_bandwidth=450e9,  # NVLink 4: 900 GB/s, both directions together
@@ -190,16 +199,18 @@ _ALL = (
         latency=_LATENCY,
         forward_fraction=0.64,
         backward_fraction=0.54,
+        pallas_fraction=0.65,
         source="NVIDIA H100 Tensor Core GPU datasheet, H100 SXM (nvidia.com/en-us/data-center/h100)",
         sources=_sources(
             forward=_ON_AN_H100,
             backward=_ON_AN_H100,
+            pallas_fraction=_PALLAS_ON_AN_H100,
             network="DGX H100 datasheet: eight 400 Gb/s ports for eight GPUs",
         ),
     ),
     Hardware(
         name="h100-pcie",
-        flops=_by_dtype(half=756.5e12, single=51e12),  # 1,513 TFLOP/s with sparsity
+        flops=_by_dtype(half=756.5e12, single=51e12, byte=1513e12),  # half of those with sparsity
         memory_bytes=80e9,
         memory_bandwidth=2000e9,
         host_bandwidth=64e9,  # PCIe Gen5: 128 GB/s, both directions together; bridges join pairs only
@@ -208,17 +219,19 @@ _ALL = (
         latency=_LATENCY,
         forward_fraction=0.64,
         backward_fraction=0.54,
+        pallas_fraction=0.65,
         source="NVIDIA H100 PCIe GPU product brief PB-11133 (nvidia.com/en-us/data-center/h100)",
         sources=_sources(
             forward=_LIKE_THAT_H100,
             backward=_LIKE_THAT_H100,
+            pallas_fraction=_PALLAS_ON_AN_H100,
             network="an assumption: one 400 Gb/s port for two GPUs",
             host_size="an assumption: servers hold 1 to 8",
         ),
     ),
     Hardware(
         name="h200-sxm",
-        flops=_by_dtype(half=989.5e12, single=67e12),  # 1,979 TFLOP/s with sparsity
+        flops=_by_dtype(half=989.5e12, single=67e12, byte=1979e12),  # half of those with sparsity
         memory_bytes=141e9,
         memory_bandwidth=4800e9,
         host_bandwidth=450e9,  # NVLink 4: 900 GB/s, both directions together
@@ -227,16 +240,19 @@ _ALL = (
         latency=_LATENCY,
         forward_fraction=0.64,
         backward_fraction=0.54,
+        pallas_fraction=0.65,
         source="NVIDIA H200 Tensor Core GPU datasheet, H200 SXM (nvidia.com/en-us/data-center/h200)",
         sources=_sources(
             forward=_LIKE_THAT_H100,
             backward=_LIKE_THAT_H100,
+            pallas_fraction=_PALLAS_ON_AN_H100,
             network="DGX H200 datasheet: eight 400 Gb/s ports for eight GPUs",
         ),
     ),
     Hardware(
         name="b200",
-        flops=_by_dtype(half=2250e12, single=75e12),  # eight: 36 PFLOP/s with sparsity, and 600 TFLOP/s
+        # Eight: 36 PFLOP/s and, in one byte, 72, both with sparsity, and 600 TFLOP/s.
+        flops=_by_dtype(half=2250e12, single=75e12, byte=4500e12),
         memory_bytes=180e9,
         memory_bandwidth=8000e9,
         host_bandwidth=900e9,  # NVLink 5: 1.8 TB/s, both directions together
@@ -256,7 +272,8 @@ _ALL = (
     ),
     Hardware(
         name="gb200-nvl72",
-        flops=_by_dtype(half=2500e12, single=80e12),  # 72: 360 PFLOP/s with sparsity, and 5,760 TFLOP/s
+        # 72: 360 PFLOP/s and, in one byte, 720, both with sparsity, and 5,760 TFLOP/s.
+        flops=_by_dtype(half=2500e12, single=80e12, byte=5000e12),
         memory_bytes=186e9,  # 13.4 TB for 72
         memory_bandwidth=8000e9,  # 576 TB/s for 72
         host_bandwidth=900e9,  # 130 TB/s for 72, both directions together
@@ -272,7 +289,7 @@ _ALL = (
     ),
     Hardware(
         name="l40s",
-        flops=_by_dtype(half=362.05e12, single=91.6e12),
+        flops=_by_dtype(half=362.05e12, single=91.6e12, byte=733e12),
         memory_bytes=48e9,
         memory_bandwidth=864e9,
         host_bandwidth=32e9,  # PCIe Gen4 x16: 64 GB/s, both directions together

@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from ..kernels import Device, KernelName, Operands, Rule, choose_kernel
+from ..kernels import KernelName
 from ..layouts import LAYOUTS, Layout
-from .costs import Prediction, predict
+from .costs import Prediction, kernel_for, predict
 from .hardware import Hardware, get_hardware
 from .units import in_bytes, in_seconds
-from .wire import require_heads_that_split
+from .wire import NO_HEADS, require_heads_that_split
 from .workload import (
     MAX_DEVICES,
     MOST_TOKENS,
@@ -76,12 +76,7 @@ class Plan:
     @property
     def kernel(self) -> tuple[KernelName, str]:
         """What `kernel="auto"` takes there, and why."""
-        kind = self.hardware.name
-        device = Device(platform="gpu", kind=kind.upper(), has_cudnn=True)
-        if self.hardware.shared_processor:
-            device = Device()
-        w, rule = self.workload, Rule(mask=self.workload.mask, scale=1.0)
-        return choose_kernel(rule, Operands(), w.dtype, (w.head_dim, w.value_dim or w.head_dim), device)
+        return kernel_for(self.workload, self.hardware)
 
     def explain(self) -> str:
         """The table of candidates, the pick, and why."""
@@ -93,6 +88,8 @@ class Plan:
         heads = f"{w.heads} heads of {w.head_dim}"
         if w.num_kv_heads != w.heads:
             heads += f" ({w.num_kv_heads} of keys)"
+        if w.latent_dim is not None:
+            heads += f" out of latents of {w.latent_dim}" + (f" + {w.rotary_dim}" if w.rotary_dim else "")
         span = "causal" if w.causal else "full"
         if w.window is not None:
             span += f", window of {w.window:,}"
@@ -176,7 +173,10 @@ class Plan:
             case "compute":
                 return "Arithmetic binds: a faster kernel or more devices help, faster links do not."
             case "link":
-                fewer = ", fewer key/value heads" if self.best.choice.strategy != "ring_q" else ""
+                latent = self.workload.latent_dim is not None
+                fewer = (
+                    ", fewer key/value heads" if self.best.choice.strategy != "ring_q" and not latent else ""
+                )
                 smaller = ", a smaller payload" if fewer and self.workload.payload is None else ""
                 return f"The links bind: longer shards{fewer}{smaller} or fewer devices help."
             case "memory":
@@ -212,6 +212,8 @@ def plan(
     causal: bool = True,
     window: int | None = None,
     payload: Payload | None = None,
+    latent_dim: int | None = None,
+    rotary_dim: int = 0,
     hardware: str | Hardware = "h100-sxm",
     devices: int | None = None,
     training: bool = False,
@@ -233,6 +235,8 @@ def plan(
         causal: whether a query sees only the keys up to its own position.
         window: how many of those, its own included; None means all.
         payload: the form in which keys and values travel; None means as they are.
+        latent_dim: R, of `latent_attention`, where latents travel; None means plain attention.
+        rotary_dim: Hr, the part of H that travels beside a latent.
         hardware: a name of `ringjax.planning.HARDWARE`, `"measured"`, or facts of one's own.
         devices: over how many devices the sequence is split; None means 8, or the product of `axis_sizes`.
         training: whether the backward pass counts too.
@@ -263,6 +267,8 @@ def plan(
         causal=causal,
         window=window,
         payload=payload,
+        latent_dim=latent_dim,
+        rotary_dim=rotary_dim,
     )
     hardware = get_hardware(hardware)
     product = DEVICES if axis_sizes is None else math.prod(axis_sizes)
@@ -321,6 +327,8 @@ def _choices(
     layouts = (layout,) if layout else LAYOUTS if workload.causal and devices > 1 else ("contiguous",)
     for name in (strategy,) if strategy else get_args(StrategyName):
         match name:
+            case "ulysses" | "usp" if workload.latent_dim and devices > 1:
+                left_out[name] = NO_HEADS
             case "ring_q" if workload.payload:
                 left_out[name] = f"payload={workload.payload!r} is of keys, and forward no keys travel"
             case "ring" | "ring_q":
@@ -328,7 +336,9 @@ def _choices(
                     for each in layouts:
                         yield Choice(strategy=name, devices=devices, layout=each, bidirectional=ways)
             case "all_gather":
-                parts = {1, workload.num_kv_heads} if devices > 1 else ()
+                parts = (
+                    {1, workload.num_kv_heads if workload.latent_dim is None else 1} if devices > 1 else ()
+                )
                 for groups in sorted(parts):
                     for each in layouts:
                         yield Choice(strategy=name, devices=devices, layout=each, head_groups=groups)

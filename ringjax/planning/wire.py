@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 from ..schedule import Schedule
 from .workload import F32, Choice, Shard, Workload, ring_schedule
 
+NO_HEADS = "a latent has no heads to split"
+
 __all__ = ["Axis", "Pass", "Transfer", "transfers"]
 
 Pass = Literal["forward", "backward"]
@@ -67,9 +69,13 @@ def transfers(workload: Workload, choice: Choice, *, training: bool) -> tuple[Tr
     The log-sum-exp is counted, which the backward pass needs, or a caller who asks for it.
 
     Raises:
-        ValueError: the heads do not split as the strategy wants.
+        ValueError: the heads do not split as the strategy wants, or a latent, which has none, is to be split.
     """
     shard = workload.shard(choice)
+    if workload.latent_dim is not None and (
+        choice.head_groups > 1 or (choice.inner > 1 and choice.strategy != "double_ring")
+    ):
+        raise ValueError(f"{choice.label}: {NO_HEADS}.")
     passes: tuple[Pass, ...] = ("forward", "backward") if training else ("forward",)
     found: list[Transfer] = []
     for pass_ in passes:
@@ -88,6 +94,8 @@ def transfers(workload: Workload, choice: Choice, *, training: bool) -> tuple[Tr
                 found += _ring(inside, ring_schedule(workload, choice), axis, pass_, queries=False)
             case "double_ring":
                 found += _double_ring(shard, choice, pass_)
+        if pass_ == "backward":
+            found += _expansions(shard, choice)
     return tuple(transfer for transfer in found if transfer.count and transfer.axis.size > 1)
 
 
@@ -115,6 +123,20 @@ def _channels(shard: Shard, choice: Choice, pass_: Pass) -> list[Transfer]:
     ]
 
 
+def _expansions(shard: Shard, choice: Choice) -> list[Transfer]:
+    """The gradient of what expands a latent, which every device has: both arrays, in one."""
+    return [
+        Transfer(
+            what="expansions",
+            collective="all-reduce",
+            axis=Axis(choice.devices),
+            count=min(1, shard.expansion_items),
+            bytes_each=shard.item_size * shard.expansion_items,
+            pass_="backward",
+        )
+    ]
+
+
 def _ring(shard: Shard, schedule: Schedule, axis: Axis, pass_: Pass, *, queries: bool) -> list[Transfer]:
     if not moves_queries(shard, schedule, pass_, queries=queries):
         return _keys(shard, schedule, axis, pass_)
@@ -136,7 +158,7 @@ def _keys(shard: Shard, schedule: Schedule, axis: Axis, pass_: Pass) -> list[Tra
     permute = _permute(axis, pass_)
     sent = [permute("kv", schedule.hops, shard.kv_sent)]
     if pass_ == "backward":
-        sent.append(permute("dkv", _followed(schedule), F32 * shard.kv_items, follows=True))
+        sent.append(permute("dkv", _followed(schedule), F32 * shard.wire_items, follows=True))
     return sent
 
 
@@ -186,7 +208,7 @@ def _all_gather(shard: Shard, choice: Choice, pass_: Pass) -> list[Transfer]:
 
     sent = [each("kv", "all-gather", choice.devices * shard.kv_sent // groups)]
     if pass_ == "backward":
-        sent.append(each("dkv", "reduce-scatter", F32 * shard.kv_items // groups))
+        sent.append(each("dkv", "reduce-scatter", F32 * shard.wire_items // groups))
     return sent
 
 
@@ -232,7 +254,7 @@ def _double_ring(shard: Shard, choice: Choice, pass_: Pass) -> list[Transfer]:
         outer("kv", rounds - 1, shard.kv_sent),
     ]
     if pass_ == "backward":
-        dkv = F32 * shard.kv_items
+        dkv = F32 * shard.wire_items
         sent += [
             inner("dkv", rounds * size, dkv, follows=True),
             outer("dkv", rounds, dkv, follows=True),

@@ -21,6 +21,17 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 F32 = 4
 ITEM_SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": F32}
+COUNTS = (
+    "batch",
+    "tokens",
+    "kv_tokens",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "value_dim",
+    "window",
+    "latent_dim",
+)
 MAX_DEVICES = 1024
 MOST_TOKENS = 2**31
 
@@ -41,10 +52,13 @@ class Workload:
         causal: whether a query sees only the keys up to its own position.
         window: how many keys it sees of those, its own included; None means all.
         payload: the form in which keys and values travel; None means as they are.
+        latent_dim: R of multi-head latent attention, whose compressed latent travels in their stead and is
+            expanded on arrival; None means plain attention.
+        rotary_dim: Hr, what H has beside the expanded key; the rotary key travels with the latent.
 
     Raises:
         ValueError: a count that is no integer or below 1, heads that do not divide, a window without
-            `causal`, an unknown name.
+            `causal`, a latent with a payload or without a rotary size below H, an unknown name.
     """
 
     batch: int = 1
@@ -58,9 +72,11 @@ class Workload:
     causal: bool = True
     window: int | None = None
     payload: Payload | None = None
+    latent_dim: int | None = None
+    rotary_dim: int = 0
 
     def __post_init__(self):
-        for name in ("batch", "tokens", "kv_tokens", "heads", "kv_heads", "head_dim", "value_dim", "window"):
+        for name in COUNTS:
             if (value := getattr(self, name)) is None:
                 continue
             require_integer(name, value)
@@ -82,6 +98,23 @@ class Workload:
         require_one_of("dtype", self.dtype, get_args(Dtype))
         if self.payload is not None:
             require_one_of("payload", self.payload, get_args(Payload))
+        self._check_latent()
+
+    def _check_latent(self) -> None:
+        require_integer("rotary_dim", self.rotary_dim)
+        if self.latent_dim is None and self.rotary_dim:
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim} is what travels beside a latent: give latent_dim too."
+            )
+        if self.latent_dim is not None and not 0 <= self.rotary_dim < self.head_dim:
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim}: a part of head_dim={self.head_dim}, whose rest is expanded "
+                f"from the latent. Give 0 to {self.head_dim - 1}."
+            )
+        if self.latent_dim is not None and self.payload is not None:
+            raise ValueError(
+                f"payload={self.payload!r} with latent_dim: the latent is what travels; give one."
+            )
 
     @property
     def num_keys(self) -> int:
@@ -122,6 +155,8 @@ class Workload:
             value_dim=self.value_size,
             item_size=ITEM_SIZES[self.dtype],
             payload=self.payload,
+            latent_dim=self.latent_dim,
+            rotary_dim=self.rotary_dim,
         )
 
 
@@ -212,6 +247,8 @@ class Shard:
     value_dim: int
     item_size: int
     payload: Payload | None
+    latent_dim: int | None = None
+    rotary_dim: int = 0
 
     @property
     def q_items(self) -> int:
@@ -227,6 +264,35 @@ class Shard:
     def kv_items(self) -> int:
         """Elements of fused keys and values: B K c (H + Hv)."""
         return self.batch * self.keys * self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def wire_items(self) -> int:
+        """Elements of what travels, and of its gradient: keys and values, or B c (R + Hr) of latents."""
+        if self.latent_dim is None:
+            return self.kv_items
+        return self.batch * self.keys * (self.latent_dim + self.rotary_dim)
+
+    @property
+    def expansion_items(self) -> int:
+        """Elements of the two arrays that expand a latent: R K Hk and R K Hv."""
+        if self.latent_dim is None:
+            return 0
+        return self.latent_dim * self.kv_heads * (self.head_dim - self.rotary_dim + self.value_dim)
+
+    @property
+    def given(self) -> int:
+        """Bytes of keys and values as a call brings them: themselves, or latents."""
+        return self.wire_items * self.item_size
+
+    @property
+    def decoded(self) -> int:
+        """Bytes of keys and values as they come out of a payload, where that is not what was given."""
+        return self.kv if self.payload in ("int8", "float8") or self.latent_dim is not None else 0
+
+    @property
+    def expanded(self) -> int:
+        """Bytes of the float32 that a latent is expanded in, and that its gradient is pulled back in."""
+        return 0 if self.latent_dim is None else F32 * self.kv_items
 
     @property
     def q(self) -> int:
@@ -257,7 +323,7 @@ class Shard:
         """
         match self.payload:
             case None:
-                return self.kv
+                return self.given
             case "bfloat16":
                 return self.kv_items * min(2, self.item_size)
             case "int8" | "float8":

@@ -51,6 +51,13 @@ def test_every_number_says_where_it_is_from(name) -> None:
         facts.source_of("colour")
 
 
+@pytest.mark.parametrize("name", HARDWARE)
+def test_one_byte_is_twice_as_fast_as_two(name) -> None:
+    flops = HARDWARE[name].flops
+    assert math.isclose(flops["int8"], 2 * flops["bfloat16"], rel_tol=0.02)
+    assert flops.get("float8") == (None if name.startswith("a100") else flops["int8"])
+
+
 def test_kinds_stand_in_the_order_that_is_known() -> None:
     half = {name: facts.flops["bfloat16"] for name, facts in HARDWARE.items()}
     assert half["a100-80gb-sxm"] < half["l40s"] < half["h100-pcie"] < half["h100-sxm"] == half["h200-sxm"]

@@ -195,6 +195,6 @@ def test_bad_plans_say_what_to_change(change, message) -> None:
 
 
 def test_the_devices_that_are_advised_suffice() -> None:
-    with pytest.raises(ValueError, match="Take about 3[0-9] devices"):
+    with pytest.raises(ValueError, match="Take about 5[0-9] devices"):
         plan(**CALL | {"tokens": 2**26}, strategy="ring")
-    assert plan(**CALL | {"tokens": 2**26}, strategy="ring", devices=48).best
+    assert plan(**CALL | {"tokens": 2**26}, strategy="ring", devices=56).best

@@ -6,15 +6,14 @@ from collections import Counter
 
 import helpers
 import jax
-import jax.numpy as jnp
 import pytest
-from cases import grid
-from jax.sharding import NamedSharding
+from calls import call_of
 
-import ringjax
 from ringjax.planning import Choice, Workload, transfers
 
 SMALL = Workload(tokens=384, heads=4, kv_heads=2, head_dim=8, value_dim=4, dtype="float32")
+
+LATENT = dataclasses.replace(SMALL, head_dim=12, latent_dim=20, rotary_dim=4)
 
 
 def executed(text: str) -> Counter[tuple[str, int]]:
@@ -53,23 +52,11 @@ def predicted(workload: Workload, choice: Choice, pass_: str) -> Counter[tuple[s
 
 def compiled(workload: Workload, choice: Choice) -> tuple[str, str]:
     """The programs of the forward pass, and of the backward pass alone."""
-    w = workload
-    mesh, ring = grid(**choice.axes), choice.ring(payload=w.payload)
-    sharding = NamedSharding(mesh, ring.spec)
-    shapes = [
-        (w.batch, w.tokens, w.heads, w.head_dim),
-        (w.batch, w.num_keys, w.num_kv_heads, w.head_dim),
-        (w.batch, w.num_keys, w.num_kv_heads, w.value_size),
-    ]
-    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.dtype(w.dtype), sharding=sharding) for shape in shapes)
-
-    @jax.jit
-    def attend(q, k, v):
-        return ringjax.ring_attention(q, k, v, mask=w.mask, mesh=mesh, ring=ring, return_residual=True)
-
-    out, pullback = jax.eval_shape(lambda *x: jax.vjp(attend, *x), q, k, v)
+    call, shapes = call_of(workload, choice, return_residual=True)
+    attend = jax.jit(call)
+    out, pullback = jax.eval_shape(lambda *x: jax.vjp(attend, *x), *shapes)
     backward = jax.jit(lambda pullback, dout: pullback(dout)).lower(pullback, out)
-    return attend.lower(q, k, v).compile().as_text(), backward.compile().as_text()
+    return attend.lower(*shapes).compile().as_text(), backward.compile().as_text()
 
 
 def ring(devices: int = 8, **kwargs) -> Choice:
@@ -135,6 +122,15 @@ CASES = {
         dataclasses.replace(SMALL, payload="int8"),
         Choice(strategy="ulysses", devices=4, inner=4),
     ),
+    "ring, latent": (LATENT, ring(layout="zigzag")),
+    "ring both ways, latent": (dataclasses.replace(LATENT, rotary_dim=0), ring(4, bidirectional=True)),
+    "ring_q, latent": (LATENT, Choice(strategy="ring_q", devices=8)),
+    "ring, latent, few queries": (
+        dataclasses.replace(LATENT, tokens=16, kv_tokens=384, causal=False, heads=2),
+        ring(),
+    ),
+    "all_gather, latent": (LATENT, Choice(strategy="all_gather", devices=8)),
+    "double_ring, latent": (LATENT, Choice(strategy="double_ring", devices=8, inner=4)),
     "usp, window": (dataclasses.replace(SMALL, window=20), Choice(strategy="usp", devices=8, inner=2)),
     "ring_q, window": (
         dataclasses.replace(SMALL, window=20),
@@ -214,6 +210,23 @@ def test_all_gather_moves_what_a_ring_does() -> None:
     gathered = transfers(SMALL, Choice(strategy="all_gather", devices=8), training=False)
     rotated = transfers(SMALL, ring(), training=False)
     assert sum(t.count * t.bytes_sent for t in gathered) == sum(t.count * t.bytes_sent for t in rotated)
+
+
+def test_of_a_latent_nothing_is_expanded_on_the_wire() -> None:
+    sent = counted(ring(), LATENT)
+    latent, expansions = c * (20 + 4) * ITEM, 20 * 2 * (8 + 4) * ITEM
+    assert sent["forward"] == {"kv": (7, latent)}
+    assert sent["backward"] == {"kv": (7, latent), "dkv": (8, latent), "expansions": (1, expansions)}
+
+
+def test_a_latent_is_not_split_by_heads() -> None:
+    for choice in (
+        Choice(strategy="ulysses", devices=2, inner=2),
+        Choice(strategy="usp", devices=8, inner=2),
+        Choice(strategy="all_gather", devices=2, head_groups=2),
+    ):
+        with pytest.raises(ValueError, match="a latent has no heads to split"):
+            transfers(LATENT, choice, training=False)
 
 
 def test_heads_that_do_not_split_are_refused_with_what_does() -> None:

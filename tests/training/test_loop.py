@@ -420,6 +420,8 @@ from ringjax.training.observer import Observer
 path, devices, terminate_at, *process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
 if process:
+    # With several programs in flight, CPUs that talk over Gloo may wait for each other for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(process[0], 2, int(process[1]))
 from ringjax.training.config import read_config
 from ringjax.training.loop import train
@@ -446,7 +448,12 @@ def start(
 
 def finish(process: subprocess.Popen) -> None:
     """Waits for its end, which must be a good one."""
-    errors = process.communicate(timeout=180)[1]
+    try:
+        errors = process.communicate(timeout=180)[1]
+    except subprocess.TimeoutExpired:
+        # Nothing is left behind that would be another test's failure.
+        process.kill()
+        pytest.fail(f"it did not end; it said: {process.communicate()[1]}")
     assert process.returncode == 0, errors
 
 
@@ -463,8 +470,13 @@ def test_two_processes_agree(make_config, tmp_path):
             start(two, tmp_path, address, str(number), devices=4, terminate_at=terminate_at)
             for number, terminate_at in enumerate((0, terminate_second_at))
         ]
-        for process in running:
-            finish(process)
+        try:
+            for process in running:
+                finish(process)
+        finally:
+            for process in running:
+                process.kill()
+                process.communicate()
         return max(dict(line)["step"] for line in losses(two))
 
     # The second one is told to stop, and both do.
