@@ -255,11 +255,14 @@ def _over_mesh(
     """Output and log-sum-exp of whole arrays; `k` and `v` are what the payload takes."""
     mesh = resolve_mesh(mesh)
     ring_size = ring.size(mesh)
-    num_kv_heads = k.shape[2] if constants is None else constants[0].shape[1]
+    num_kv_heads, value_size, latent = k.shape[2], v.shape[3], None
+    if constants is not None:
+        latent = k.shape[3], v.shape[3]
+        num_kv_heads, value_size = constants[1].shape[1:]
     check_split(q, num_kv_heads, mesh, ring)
     rule, operands = rule_and_operands(q.shape, k.shape[1], bias, mask, **options)
-    if constants is None:
-        ring = with_strategy(ring, mesh, q.shape, (*k.shape[1:3], v.shape[3]), q.dtype, rule.mask)
+    kv_shape = k.shape[1], num_kv_heads, value_size
+    ring = with_strategy(ring, mesh, q.shape, kv_shape, q.dtype, rule.mask, latent=latent)
     sizes = ring.axis_sizes(mesh)
     splits = math.prod(mesh.shape[name] for name in ring.head_axes)
     check_heads(q.shape[2] // splits, num_kv_heads // splits, ring, sizes)
@@ -272,7 +275,6 @@ def _over_mesh(
         positions,
         seq_lengths,
     )
-    value_size = v.shape[3] if constants is None else constants[1].shape[2]
     device = device_of(mesh)
     ring = _with_kernel(ring, rule, operands, q.dtype, (q.shape[3], value_size), device)
     problem = _problem(

@@ -81,6 +81,8 @@ def with_strategy(
     kv_shape: tuple[int, int, int],
     dtype: Any,
     mask: Mask,
+    *,
+    latent: tuple[int, int] | None = None,
 ) -> Ring:
     """`ring`, with a strategy in place of `"auto"`: what the plan picks, or `"ring"` where it cannot tell.
 
@@ -91,6 +93,7 @@ def with_strategy(
         kv_shape: S, K and Hv.
         dtype: of the query.
         mask: what attends to what; of masks that a plan does not know, it takes what is wider.
+        latent: R and Hr, where those travel; None means keys and values.
     """
     if ring.strategy != "auto":
         return ring
@@ -113,6 +116,8 @@ def with_strategy(
             causal=causal,
             window=window if causal else None,
             payload=ring.payload,
+            latent_dim=latent and latent[0],
+            rotary_dim=latent[1] if latent else 0,
         )
         return _planned(plain, mesh, whole, layout=ring.layout, hardware=hardware, training=True)
     except ValueError:  # that no way fits is not for a prediction to say

@@ -203,7 +203,7 @@ class _Run:
                 if pending is not None:
                     self._observe(*pending, log)
                 pending = (step, limit, metrics)
-                done, asked = step + 1, stop.asked()
+                done, asked = step + 1, stop.asked(after=metrics)
                 measure = self._due(done)
                 save = done % run.checkpoint_every == 0 or done == steps
                 if measure or save or asked:
@@ -293,9 +293,9 @@ class _Stop:
     def __init__(self) -> None:
         self.name: str | None = None
 
-    def asked(self) -> str | None:
-        """The signal's name; the processes agree on it."""
-        number = highest(0 if self.name is None else int(signal.Signals[self.name]))
+    def asked(self, after: Any = None) -> str | None:
+        """The signal's name; the processes agree on it, once they have made `after`."""
+        number = highest(0 if self.name is None else int(signal.Signals[self.name]), after)
         return signal.Signals(number).name if number else None
 
 

@@ -31,6 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
         ([], "what is to be planned?"),
         (["--tokens", "8"], "--tokens 8 needs --heads and --head-dim too, or a --model"),
         ([*CALL, "--model", "llama-3-8b"], "leave out --heads, --kv-heads, --head-dim"),
+        (["--model", "llama-3-8b", "--latent-dim", "512"], "leave out --latent-dim"),
         (["--model", "llama-9"], "'llama-9' is neither one of llama-3-8b"),
         (["--model", "llama-3-405b"], "llama-3-405b does not fit on 8 h100-sxm"),
         (["--model", "llama-3-8b", "--plot", "x.png"], "--plot x.png draws the plan of an attention call"),

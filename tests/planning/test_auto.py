@@ -85,6 +85,22 @@ def test_auto_takes_the_plan_and_computes_the_same(rng, known) -> None:
     np.testing.assert_allclose(attend(q, k, v), ringjax.reference_attention(q, k, v), atol=2e-6)
 
 
+def test_auto_plans_for_latents_too(rng, known) -> None:
+    """With slow links queries travel, where the plain call's heads would be split."""
+    mesh = grid(axis_type=AxisType.Auto, ring=4)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    query, latent, rotary = draw(1, 64, 8, 8), draw(1, 64, 600), draw(1, 64, 2)
+    ups = draw(600, 8, 6) * 0.04, draw(600, 8, 8) * 0.04
+    shapes = (1, 64, 8, 8), (64, 8, 8), jnp.float32, Full()
+    assert auto.with_strategy(Ring(), mesh, *shapes).strategy == "ulysses"
+    assert auto.with_strategy(Ring(), mesh, *shapes, latent=(600, 2)).strategy == "ring_q"
+    got = ringjax.latent_attention(query, latent, rotary, *ups, mesh=mesh)
+    key = jnp.einsum("bsr,rkh->bskh", latent, ups[0], precision="highest")
+    key = jnp.concatenate([key, jnp.broadcast_to(rotary[:, :, None], (1, 64, 8, 2))], axis=-1)
+    value = jnp.einsum("bsr,rkh->bskh", latent, ups[1], precision="highest")
+    np.testing.assert_allclose(got, ringjax.reference_attention(query, key, value), atol=1e-5)
+
+
 def test_auto_is_a_ring_where_no_plan_can_be_made(known) -> None:
     mesh = grid(ring=4)
     pick = lambda ring, dtype: auto.with_strategy(

@@ -144,6 +144,16 @@ def test_heads_that_do_not_split_leave_ulysses_out() -> None:
     assert "ulysses" not in {c.choice.strategy for c in made.candidates}
 
 
+def test_latents_are_planned_without_what_splits_heads() -> None:
+    made = plan(**CALL | {"latent_dim": 512, "rotary_dim": 64})
+    assert "32 heads of 128 (8 of keys) out of latents of 512 + 64" in made.explain()
+    assert {"ulysses", "usp"} <= made.left_out.keys()
+    assert all(c.choice.head_groups == 1 for c in made.candidates)
+    slow = dataclasses.replace(HARDWARE["h100-sxm"], name="slow", host_bandwidth=1e6)
+    bound = plan(**CALL | {"latent_dim": 512, "rotary_dim": 64}, hardware=slow, strategy="ring")
+    assert "The links bind: longer shards or fewer devices help." in bound.explain()
+
+
 def test_facts_of_ones_own_are_taken() -> None:
     slow = dataclasses.replace(HARDWARE["h100-sxm"], name="slow", host_bandwidth=1e9)
     made = plan(**CALL, hardware=slow)
@@ -166,6 +176,14 @@ def test_facts_of_ones_own_are_taken() -> None:
         ({"devices": 4096}, "devices=4096: give a number from 1 to 1024"),
         ({"dtype": "int4"}, "dtype='int4' is not known; choose one of 'bfloat16'"),
         ({"payload": "int4"}, "payload='int4' is not known; choose one of 'bfloat16', 'int8', 'float8'"),
+        ({"rotary_dim": 64}, "rotary_dim=64 is what travels beside a latent"),
+        ({"latent_dim": 512, "rotary_dim": 128}, "rotary_dim=128: a part of head_dim=128.* Give 0 to 127"),
+        (
+            {"latent_dim": 512, "payload": "int8"},
+            "payload='int8' with latent_dim: the latent is what travels",
+        ),
+        ({"latent_dim": 0}, "latent_dim=0: give at least 1"),
+        ({"latent_dim": 512, "strategy": "ulysses"}, "a latent has no heads to split"),
         ({"strategy": "tree"}, "strategy='tree' is not known; choose one of 'ring'"),
         ({"layout": "spiral"}, "layout='spiral' is not known; choose one of 'contiguous'"),
         ({"hardware": "h100"}, "'h100' is not known; choose one of a100-80gb-sxm"),

@@ -420,8 +420,6 @@ from ringjax.training.observer import Observer
 path, devices, terminate_at, *process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
 if process:
-    # With several programs in flight, CPUs that talk over Gloo may wait for each other for ever.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(process[0], 2, int(process[1]))
 from ringjax.training.config import read_config
 from ringjax.training.loop import train
