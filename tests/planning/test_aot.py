@@ -130,7 +130,8 @@ def test_kernels_keep_to_the_registers_and_use_the_tensor_cores(target, head_dim
     kernels = {kernel.name: kernel for kernel in report.kernels}
     assert kernels.keys() == {"ringjax_forward", "ringjax_dq", "ringjax_dkv"}
     for kernel in kernels.values():
-        assert kernel.times == 8
+        # Going back, a rank meets its own shard in two halves.
+        assert kernel.times == (8 if kernel.name == "ringjax_forward" else 9)
         assert kernel.instructions["atomics"] == kernel.instructions["tf32"] == 0
         assert kernel.instructions["cp.async"] > 0
         assert (kernel.instructions[MMA[target]] > 0) == (dtype == "bfloat16")

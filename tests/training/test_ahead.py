@@ -88,9 +88,10 @@ def test_launches_are_counted_through_loops_and_what_is_computed_again(remat, fo
     where = {"ring": Ring(kernel="pallas", strategy="ring"), "mesh": mesh}
     step = make_train_step(MAKE_MODEL, RECORD, **where, options=StepOptions(remat=remat, accumulate=2))
     traced = step.trace(abstract_state(MAKE_MODEL, RECORD, **where), Batch.shapes(2, LENGTH, **where))
-    passes = 2 * CONFIG.num_layers * 2  # micro-batches, layers, ranks
+    layers = 2 * CONFIG.num_layers  # in two micro-batches
+    # Going back, a rank meets its own shard in two halves.
     assert ahead._launches(traced.jaxpr.jaxpr) == {
-        "ringjax_forward": forward * passes, "ringjax_dq": passes, "ringjax_dkv": passes,
+        "ringjax_forward": forward * layers * 2, "ringjax_dq": layers * 3, "ringjax_dkv": layers * 3,
     }  # fmt: skip
 
 
@@ -191,13 +192,13 @@ def test_a_small_step_hides_its_permutes_and_computes_attention_no_more_than_wri
     assert report.problems == []
     forward = 1 if remat.endswith("attention") else 2
     assert report.launches == {
-        "ringjax_forward": forward * 16, "ringjax_dq": 16, "ringjax_dkv": 16,
+        "ringjax_forward": forward * 16, "ringjax_dq": 18, "ringjax_dkv": 18,
     }  # fmt: skip
     permutes = [x for x in report.compiled.collectives if x.op == "collective-permute"]
-    # With grouped heads, of the last two hops of the keys' gradient one has nothing left to hide behind.
-    bare = [x for x in permutes if not any("ringjax" in name for name in x.covered_by)]
     assert all(x.asynchronous for x in permutes)
-    assert sum(x.times for x in bare) <= 2 < sum(x.times for x in permutes) / 20, bare
+    # XLA may hide one, of the last layer, behind other work.
+    bare = [x for x in permutes if not any("ringjax" in name for name in x.covered_by)]
+    assert sum(x.times for x in bare) <= 1 < sum(x.times for x in permutes) / 20, bare
     # The inputs of two layers, 32,768 tokens of each device by 1024, in two bytes each.
     inputs = 2 * 32_768 * 1024 * 2
     host = report.compiled.memory["host"]
