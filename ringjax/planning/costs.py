@@ -6,16 +6,18 @@ meet less wait for the one that meets most.
 """
 
 import dataclasses
+import functools as ft
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from .. import layouts
-from ..kernels import BlockSizes, Device, KernelName, Operands, Rule, choose_kernel
+from ..kernels import BlockSizes, Device, HeadSizes, KernelName, Operands, Rule, choose_kernel
 from ..kernels.base import block_size
+from ..masks import Mask
 from .hardware import Hardware
 from .wire import Pass, Transfer, moves_queries, transfers
-from .workload import F32, Choice, Shard, Workload, attended_pairs, ring_schedule, visits
+from .workload import F32, Choice, Dtype, Shard, Workload, attended_pairs, ring_schedule, visits
 
 __all__ = ["Bound", "Prediction", "flop", "kernel_for", "memory", "predict"]
 
@@ -153,8 +155,12 @@ def kernel_for(workload: Workload, hardware: Hardware) -> tuple[KernelName, str]
     device = Device(platform="gpu", kind=hardware.name.upper(), has_cudnn=True)
     if hardware.shared_processor:
         device = Device()
-    rule, head_sizes = Rule(mask=workload.mask, scale=1.0), (workload.head_dim, workload.value_size)
-    return choose_kernel(rule, Operands(), workload.dtype, head_sizes, device)
+    return _kernel_for(workload.mask, workload.dtype, (workload.head_dim, workload.value_size), device)
+
+
+@ft.cache
+def _kernel_for(mask: Mask, dtype: Dtype, head_sizes: HeadSizes, device: Device) -> tuple[KernelName, str]:
+    return choose_kernel(Rule(mask=mask, scale=1.0), Operands(), dtype, head_sizes, device)
 
 
 def _goes_to_cudnn(workload: Workload, choice: Choice) -> bool:
