@@ -15,6 +15,7 @@ from .. import layouts
 from ..kernels import BlockSizes, Device, HeadSizes, KernelName, Operands, Rule, choose_kernel
 from ..kernels.base import block_size
 from ..masks import Mask
+from ..strategies.halves import LONGEST
 from .hardware import Hardware
 from .wire import Pass, Transfer, moves_queries, transfers
 from .workload import F32, Choice, Dtype, Shard, Workload, attended_pairs, ring_schedule, visits
@@ -369,7 +370,8 @@ class _Clock:
         last, total, rest = len(self.steps) - 1, _Time(), _Time()
         if self.keys_stay:
             total += _Time(compute=self._expanding(self.shard))
-        halves = last and any(t.follows for t in sent) and self.shard.heads > 1
+        short = max(self.shard.queries, self.shard.keys) <= LONGEST
+        halves = last and any(t.follows for t in sent) and self.shard.heads > 1 and short
         for index, offsets in enumerate(self.steps):
             computing = self._compute(self._most_pairs(offsets), self.shard, len(offsets))
             if index == 0 and halves:

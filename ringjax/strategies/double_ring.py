@@ -39,7 +39,7 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
 def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, problem: Problem) -> Inputs:
     """Gradients of what stays, and of this rank's own keys and values."""
     between, within = _rings(problem)
-    parts = own_parts(inputs.q.shape[2], decoded(inputs, problem).shape[1], problem)
+    parts = own_parts(inputs.q, decoded(inputs, problem), problem)
 
     def round_(stay, shard, host, left):
         def visit(stay, shard, device, left, heads=None):

@@ -2,6 +2,9 @@
 
 The first part begins a journey, while the next shard is on its way; the second ends it, while what others
 have made of this rank's shard comes home. Each is of half of the heads, or nearly.
+
+A kernel is given copies of these heads, so only shards are cut of which copies are small: sending a longer
+one home takes next to nothing beside what is computed on it, which grows with the square.
 """
 
 import dataclasses
@@ -15,7 +18,10 @@ from ..partials import Partial
 from .base import Problem
 from .parcels import is_whole_device
 
-__all__ = ["Heads", "kernel_of", "own_parts"]
+__all__ = ["LONGEST", "Heads", "kernel_of", "own_parts"]
+
+# Tokens of a shard that is cut.
+LONGEST = 65_536
 
 
 class Heads(NamedTuple):
@@ -25,12 +31,15 @@ class Heads(NamedTuple):
     kv: slice
 
 
-def own_parts(num_heads: int, num_kv_heads: int, problem: Problem) -> tuple[Heads, ...]:
+def own_parts(q: Array, kv: Array, problem: Problem) -> tuple[Heads, ...]:
     """Two halves of the heads; or nothing, where a head is alone or the work is not to be cut.
 
-    It is not where XLA shards over further axes: half of the heads may stand on other devices.
+    It is not where XLA shards over further axes: half of the heads may stand on other devices. `q` is
+    `B T N H`, and `kv`, as decoded, `B K S …`.
     """
-    if not problem.halves_own or num_heads == 1 or not is_whole_device():
+    (_, length, num_heads, _), (_, num_kv_heads, kv_length, _) = q.shape, kv.shape
+    is_long = max(length, kv_length) > LONGEST
+    if is_long or not problem.halves_own or num_heads == 1 or not is_whole_device():
         return ()
     if num_kv_heads == 1:
         cut, shared = num_heads // 2, slice(0, 1)

@@ -39,7 +39,7 @@ def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, 
         return fold_back(stay, shard, left, source, inputs, (lse, delta, dout), problem, heads)
 
     home, start = (inputs.kv, inputs.kv_tokens), nothing_back(inputs, problem)
-    parts = own_parts(inputs.q.shape[2], decoded(inputs, problem).shape[1], problem)
+    parts = own_parts(inputs.q, decoded(inputs, problem), problem)
     (gradients, dconstants), dkv = journey(
         home, start, visit, problem=problem, legs=problem.schedule.legs, own_parts=parts
     )

@@ -32,7 +32,7 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[jax.Array, jax.Array]:
         return stay, partial if left is None else partials.merge(left, partial)
 
     home = inputs.q, inputs.q_tokens
-    parts = own_parts(inputs.q.shape[2], kv.shape[1], problem)
+    parts = own_parts(inputs.q, kv, problem)
     _, partial = journey(
         home, (), visit, problem=problem, legs=_legs(problem), add=partials.merge, own_parts=parts
     )
@@ -53,7 +53,7 @@ def backward(inputs: Inputs, lse: jax.Array, delta: jax.Array, dout: jax.Array, 
 
     home = inputs.q, inputs.q_tokens, lse, delta, dout
     start = nothing._replace(dq=None)
-    parts = own_parts(inputs.q.shape[2], kv.shape[1], problem)
+    parts = own_parts(inputs.q, kv, problem)
     stay, dq = journey(home, start, visit, problem=problem, legs=_legs(problem), own_parts=parts)
     dkv, dconstants = problem.payload.pull(inputs.kv, inputs.constants, stay.dkv)
     return gradient(stay._replace(dq=dq), dkv, dconstants)

@@ -151,6 +151,19 @@ def test_the_way_home_hides_behind_half_of_the_own_shard(heads, kv_heads) -> Non
         assert math.isclose(found.exposed_seconds, first + together + home, rel_tol=1e-6, abs_tol=1e-12)
 
 
+def test_a_long_shard_is_sent_home_alone() -> None:
+    hardware = dataclasses.replace(SIMPLE, host_bandwidth=1e9)
+    queries = Choice(strategy="ring_q", devices=2)
+    exposed = [
+        predict(
+            Workload(tokens=2 * shard, heads=2, head_dim=8, causal=False), queries, hardware, training=False
+        ).exposed_seconds
+        for shard in (65_536, 65_537)
+    ]
+    assert exposed[0] == 0
+    assert math.isclose(exposed[1], 65_537 * 2 * 4 * (8 + 1) / 1e9, rel_tol=1e-6)
+
+
 def test_what_cudnn_does_not_take_goes_at_the_rate_of_the_other_kernel() -> None:
     """Of a Hopper's: shards in stripes, or with a window, or in zigzag layout once they are many in a row."""
     half = dataclasses.replace(SIMPLE, name="h100-sxm", pallas_fraction=0.5)

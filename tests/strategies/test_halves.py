@@ -46,6 +46,13 @@ def test_one_head_is_not_cut(rng, seen, way) -> None:
     assert not seen
 
 
+@pytest.mark.parametrize(("tokens", "keys"), [(8, 12), (12, 8)])
+def test_nor_is_a_shard_that_is_long(rng, seen, monkeypatch, tokens, keys) -> None:
+    monkeypatch.setattr(halves, "LONGEST", 5)  # of 4 and 6
+    check(rng, Case(ring_size=2, B=1, T=tokens, S=keys, N=2, K=2, H=4, Hv=4, strategy="ring_q"))
+    assert not seen
+
+
 def test_nor_is_a_shard_that_stays(rng, seen) -> None:
     check(
         rng, Case(ring_size=2, B=1, T=8, N=4, K=4, H=4, Hv=4, spec="chunks", window=(0, 0), strategy="ring")
