@@ -630,6 +630,29 @@ def test_additive_mask_of_minus_infinity(rng, mesh) -> None:
         helpers.assert_close(grad, value, "float32", "grad", name=name)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ring_q"])
+@pytest.mark.parametrize("kernel", ["blockwise", "pallas"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_in_the_cotangents_of_rows_without_keys_is_heard_nowhere(rng, mesh, dtype, kernel, strategy):
+    q, k, v = helpers.random_qkv(rng, B=1, T=12, N=2, K=2, H=16, Hv=16, dtype=dtype)
+    positions = jnp.where(jnp.arange(12) < 3, -1, jnp.arange(12))
+    ring = Ring(kernel=kernel, strategy=strategy)
+    attend = lambda *x: ring_attention(
+        *x, positions=(positions, jnp.arange(12)), return_residual=True, mesh=mesh(2), ring=ring
+    )
+    (out, lse), pullback = jax.vjp(attend, q, k, v)
+    assert np.isneginf(np.asarray(lse)[:, :3]).all()
+
+    def gradients(of_empty: float):
+        ones = jnp.where(jnp.arange(12)[:, None] < 3, of_empty, jnp.ones((1, 12, 2)))
+        return pullback((jnp.broadcast_to(ones[..., None], out.shape).astype(dtype), ones))
+
+    found = gradients(jnp.nan)
+    assert (np.asarray(found[0])[:, :3] == 0).all()
+    for x, wanted in zip(found, gradients(1.0), strict=True):
+        np.testing.assert_array_equal(x, wanted)
+
+
 def test_what_stands_where_nothing_attends_is_not_heard(rng, mesh) -> None:
     """NaN in a bias behind the mask: gradients of a cap and of a function go through it as well."""
     q, k, v = helpers.random_qkv(rng, T=12)

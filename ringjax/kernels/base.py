@@ -9,7 +9,8 @@ A kernel is a module with three functions:
 with `q` and `dout` as `B T N H`, and keys and values fused on their last axis and head by head, `kv`
 `B K S (H + Hv)`: the form in which they travel, so that no kernel needs a copy of a shard to take them apart,
 and a block of keys is one piece of memory. `lse` and `delta` are the global ones,
-`delta = sum(dout * out) - dlse`. Accumulators are float32, or float64 for float64 inputs.
+`delta = sum(dout * out) - dlse`; delta and `dout` are 0 in rows that met no key, whose lse is -inf.
+Accumulators are float32, or float64 for float64 inputs.
 """
 
 import dataclasses

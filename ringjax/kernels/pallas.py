@@ -120,11 +120,8 @@ def backward(
     into: Gradients,
 ) -> Gradients:
     """Adds to `into` what the meeting of these two shards contributes."""
-    # Nothing flows through rows that met no key: exp(logit - inf) is 0. A cotangent there may be NaN, as that
-    # of a norm is at zero, and 0 * NaN would spread it.
-    met = lse != -jnp.inf
-    lse, delta = jnp.where(met, lse, -lse), jnp.where(met, delta, jnp.zeros_like(delta))
-    dout = jnp.where(met[..., None], dout, jnp.zeros_like(dout))
+    # Nothing flows through rows that met no key: exp(logit - inf) is 0.
+    lse = jnp.where(lse == -jnp.inf, -lse, lse)
     meeting = _meetings(q, kv, tile, lse, delta, dout)
     rows, columns = meeting("dq"), meeting("dkv")
     dq = rows.launch("dq", ft.partial(_dq_program, rows), rows.q_grid, into.dq)

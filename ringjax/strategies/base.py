@@ -212,8 +212,11 @@ def _attend_bwd(way: Way, problem: Problem, residuals, cotangents):
     inputs, out, lse, (dout, dlse) = _differentiate_once((inputs, out, lse, cotangents))
     dtype = accumulator_dtype(inputs.q.dtype)
     delta = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1) - dlse
-    # An lse of -inf is a constant; whatever cotangent arrives there must not reach 0 * inf.
-    delta = jnp.where(lse == -jnp.inf, jnp.zeros_like(delta), delta)
+    # A row that met no key is a constant. The cotangent there may be NaN, as that of a norm is at zero, and
+    # must reach neither 0 * inf nor 0 * NaN.
+    met = lse != -jnp.inf
+    delta = jnp.where(met, delta, jnp.zeros_like(delta))
+    dout = jnp.where(met[..., None], dout, jnp.zeros_like(dout))
     gradients = way.backward(_encoded(inputs, problem), lse, delta, dout, problem)
     if (sinks := inputs.operands.sinks) is not None:
         dsinks = _sinks_gradient(sinks, lse, delta)
