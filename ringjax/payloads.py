@@ -25,6 +25,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from .kernels.base import accumulator_dtype
+
 __all__ = ["AsIs", "Cast", "Latent", "Payload", "PayloadName", "Quantized", "make_payload"]
 
 PayloadName = Literal["bfloat16", "int8", "float8"]
@@ -173,7 +175,7 @@ def make_payload(name: PayloadName | None, head_size: int) -> Payload:
 
 def _expand(latent: Float[Array, "B S R"], up: Float[Array, "R K X"]) -> Float[Array, "B K S X"]:
     """In float32 at least, then rounded to the latent's dtype, as one matmul of a model would be."""
-    dtype = jnp.promote_types(latent.dtype, jnp.float32)
+    dtype = accumulator_dtype(latent.dtype)
     return jnp.einsum(
         "bsr,rkx->bksx", latent, up, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
     ).astype(latent.dtype)

@@ -1,4 +1,4 @@
-"""Operations, memory and time of one attention call on each device, as closed forms.
+"""Operations and time of one attention call on each device, as closed forms.
 
 A ring's pass is a list of steps: in each a shard is met while the next one, and what follows the last, are on
 their way. A step takes as long as the longer of the two; what is left of the sending is exposed. Ranks that
@@ -12,18 +12,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .. import layouts
-from ..kernels import BlockSizes, Device, HeadSizes, KernelName, Operands, Rule, choose_kernel
+from ..kernels import Device, HeadSizes, KernelName, Operands, Rule, choose_kernel
 from ..kernels.base import block_size
 from ..masks import Mask
 from ..strategies.halves import LONGEST
 from .hardware import Hardware
+from .memory import TILE, memory
 from .wire import Pass, Transfer, moves_queries, transfers
 from .workload import F32, Choice, Dtype, Shard, Workload, attended_pairs, ring_schedule, visits
 
-__all__ = ["Bound", "Prediction", "flop", "kernel_for", "memory", "predict"]
-
-# Queries by keys that a kernel computes at a time.
-TILE = BlockSizes().q, BlockSizes().kv
+__all__ = ["Bound", "Prediction", "flop", "kernel_for", "predict"]
 
 Bound = Literal["compute", "link", "memory"]
 
@@ -141,7 +139,7 @@ def predict(workload: Workload, choice: Choice, hardware: Hardware, *, training:
         transfers=sent,
         hops=hops,
         flop=operations,
-        memory=memory(workload, choice, training=training, kernel=kernel_for(workload, hardware)[0]),
+        memory=memory(workload, choice, training=training, kernel=_kernel_of(workload, choice, hardware)),
         compute_seconds=time.compute + time.memory,
         link_seconds=time.link,
         exposed_seconds=time.exposed,
@@ -162,6 +160,12 @@ def kernel_for(workload: Workload, hardware: Hardware) -> tuple[KernelName, str]
 @ft.cache
 def _kernel_for(mask: Mask, dtype: Dtype, head_sizes: HeadSizes, device: Device) -> tuple[KernelName, str]:
     return choose_kernel(Rule(mask=mask, scale=1.0), Operands(), dtype, head_sizes, device)
+
+
+def _kernel_of(workload: Workload, choice: Choice, hardware: Hardware) -> KernelName:
+    """What shards meet in: meetings that cuDNN does not take go to `pallas`."""
+    kernel, _ = kernel_for(workload, hardware)
+    return "pallas" if kernel == "cudnn" and not _goes_to_cudnn(workload, choice) else kernel
 
 
 def _goes_to_cudnn(workload: Workload, choice: Choice) -> bool:
@@ -191,115 +195,6 @@ def flop(workload: Workload, pairs: float, pass_: Pass) -> float:
     return 2 * workload.batch * workload.heads * pairs * size
 
 
-# ---------------------------------------------------------------- memory
-
-
-def memory(
-    workload: Workload, choice: Choice, *, training: bool, kernel: KernelName = "blockwise"
-) -> dict[str, int]:
-    """Bytes on one device, of the call alone: its arguments and results, and what it needs meanwhile.
-
-    In training results are the three gradients, and the output is needed meanwhile. How many copies of what
-    travels are alive at once is counted in the compiled programs.
-    """
-    shard = inside = workload.shard(choice)
-    expansions = shard.item_size * shard.expansion_items
-    found = {
-        "inputs": shard.q + shard.given + expansions + (shard.out if training else 0),
-        "outputs": shard.q + shard.given + expansions if training else shard.out,
-    }
-    if choice.strategy in ("ulysses", "usp"):
-        inside = shard.split_by_heads(choice.inner)
-        found["resharded"] = inside.q + inside.out
-    forward = _forward_buffers(inside, choice)
-    backward = _backward_buffers(inside, workload, choice) if training else {}
-    if kernel == "cudnn" and choice.strategy not in ("all_gather", "ulysses"):
-        # What comes of a meeting is apart until it is merged. cuDNN's own workspace is not counted.
-        if choice.strategy != "ring_q":
-            forward["of a meeting"] = 2 * inside.out
-        backward["of a meeting"] = inside.q + inside.kv + inside.out
-    if training:
-        found["kept for the backward pass"] = inside.out + inside.statistics
-        if choice.strategy == "ring_q" and choice.bidirectional:
-            # What travels in the one pass is of no use to what travels in the other.
-            found |= {name: forward.get(name, 0) + backward.get(name, 0) for name in (*forward, *backward)}
-        else:
-            found |= max(forward, backward, key=_total)
-    else:
-        found |= forward
-    found["statistics"] = 2 * inside.statistics
-    found["tile"] = _tile(inside)
-    return {name: count for name, count in found.items() if count}
-
-
-def _total(buffers: dict[str, int]) -> int:
-    return sum(buffers.values())
-
-
-def _decoded(shard: Shard, choice: Choice) -> int:
-    """What comes out of a payload: one shard from each way at a time, made one after the other."""
-    return shard.decoded * (1 + choice.bidirectional) + shard.expanded
-
-
-def _forward_buffers(shard: Shard, choice: Choice) -> dict[str, int]:
-    """What travels, and float32 sums; those of a float32 call are the results themselves."""
-    partial = F32 * shard.out_items if shard.item_size != F32 else 0
-    match choice.strategy:
-        case "all_gather":
-            gathered = choice.devices * (2 * shard.kv_sent + _decoded(shard, choice)) // choice.head_groups
-            pieces = shard.q + shard.kv + shard.out if choice.head_groups > 1 else 0
-            return {"gathered": gathered, "parts of heads": pieces, "accumulators": partial}
-        case "ring_q":
-            on_way = 2 * shard.q + 3 * F32 * shard.out_items
-            on_way *= 2 if choice.bidirectional else 1
-            return {"keys and values": shard.given + shard.kv, "on the way": on_way}
-        case "double_ring":
-            copies = 2
-        case "ring" | "ulysses" | "usp":
-            copies = 3 if choice.bidirectional else 1
-    return {
-        "keys and values": shard.given + _decoded(shard, choice),
-        "on the way": copies * shard.kv_sent,
-        "accumulators": partial,
-    }
-
-
-def _backward_buffers(shard: Shard, workload: Workload, choice: Choice) -> dict[str, int]:
-    """What travels and its gradient, which follows; of the float32 sums those that are no results."""
-    wider = shard.item_size != F32
-    dq, dkv = F32 * shard.q_items, F32 * shard.wire_items
-    decoded = _decoded(shard, choice)
-    match choice.strategy:
-        case "all_gather":
-            gathered = F32 * shard.kv_items + 2 * shard.kv_sent + decoded
-            gathered = choice.devices * gathered // choice.head_groups
-            pieces = 2 * shard.q + shard.kv + 2 * shard.out if choice.head_groups > 1 else 0
-            return {"gathered": gathered, "parts of heads": pieces, "accumulators": dq * wider}
-        case "ulysses":
-            return {"keys and values": shard.kv + shard.kv_sent, "accumulators": dkv + dq * wider}
-        case _ if choice.devices == 1:
-            on_way, sums = dkv, dq
-            decoded += shard.expanded
-        case "double_ring":
-            on_way, sums = 3 * shard.kv_sent + 4 * dkv, dq
-            decoded += 5 * shard.expanded
-        case "ring" | "ring_q" | "usp":
-            queries = choice.strategy == "ring_q"
-            if moves_queries(shard, ring_schedule(workload, choice), "backward", queries=queries):
-                on_way, sums = 2 * (shard.q + shard.out) + 2 * dq, dkv
-            else:
-                on_way, sums = 2 * (shard.kv_sent + dkv), dq
-            on_way *= 2 if choice.bidirectional else 1
-            decoded += (8 if choice.bidirectional else 3) * shard.expanded
-    return {"keys and values": shard.given + decoded, "on the way": on_way, "accumulators": sums * wider}
-
-
-def _tile(shard: Shard) -> int:
-    """Blocks of the kernel: logits, weights and their gradient, and the rows of one block."""
-    rows = min(TILE[0], shard.queries) * shard.heads // shard.kv_heads
-    return F32 * rows * (3 * min(TILE[1], shard.keys) + shard.value_dim)
-
-
 # ---------------------------------------------------------------- time
 
 
@@ -324,7 +219,7 @@ class _Clock:
         self.shard = workload.shard(choice)
         fraction = hardware.forward_fraction if pass_ == "forward" else hardware.backward_fraction
         self.best_rate = self.rate = fraction * hardware.peak(workload.dtype)
-        if kernel_for(workload, hardware)[0] == "cudnn" and not _goes_to_cudnn(workload, choice):
+        if _kernel_of(workload, choice, hardware) != kernel_for(workload, hardware)[0]:
             self.rate *= hardware.pallas_fraction
         self.overhead = hardware.forward_overhead if pass_ == "forward" else hardware.backward_overhead
         runs = layouts.chunks(choice.layout)

@@ -6,15 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from cases import grid
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import ringjax
 from ringjax.planning import Choice, Workload
 
 
-def call_of(w: Workload, choice: Choice, **options: Any) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
+def call_of(
+    w: Workload, choice: Choice, *, mesh: Mesh | None = None, kernel: str = "auto", **options: Any
+) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
     """The function, and its arguments; a latent's expansions are whole on every device."""
-    mesh, ring = grid(**choice.axes), choice.ring(payload=w.payload)
+    mesh = grid(**choice.axes) if mesh is None else mesh
+    ring = choice.ring(payload=w.payload, kernel=kernel)
 
     def array(spec: P, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(w.dtype), sharding=NamedSharding(mesh, spec))

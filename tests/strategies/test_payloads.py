@@ -169,6 +169,24 @@ def test_latents_travel_and_gradients_reach_the_expansions(rng, strategy: Any, s
         np.testing.assert_allclose(x, y, atol=2e-5 * float(jnp.abs(y).max()))
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ring_q", "all_gather"])
+def test_latents_in_bfloat16(rng, strategy: Any) -> None:
+    """Within what rounding the expanded keys and values costs, and where promotion is strict."""
+    arrays = {name: x.astype(jnp.bfloat16) for name, x in latents(rng).items()}
+    dout = jnp.asarray(rng.standard_normal((2, 32, 4, HV)), jnp.bfloat16)
+    exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
+    attend = lambda x: ringjax.latent_attention(
+        **x, is_causal=True, mesh=grid(ring=4), ring=Ring(strategy=strategy)
+    )
+    out, pull = jax.vjp(attend, arrays)
+    wanted, wanted_pull = jax.vjp(lambda x: expanded(**x, is_causal=True)[0], exact)
+    got = {"out": out, **pull(dout)[0]}
+    for name, y in {"out": wanted, **wanted_pull(dout.astype(jnp.float32))[0]}.items():
+        assert got[name].dtype == jnp.bfloat16
+        error = np.linalg.norm(got[name].astype(jnp.float32) - y) / np.linalg.norm(y)
+        assert error < 8e-3, (name, error)
+
+
 def test_only_the_latent_is_on_the_wire(rng) -> None:
     mesh, arrays = grid(ring=4), latents(rng)
     attend = lambda x: ringjax.latent_attention(**x, mesh=mesh).sum()
