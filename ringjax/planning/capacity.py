@@ -44,6 +44,8 @@ LLAMA_3 = {
 RESERVED = 0.1
 # Logits are made for so many tokens of a device at a time, in float32, and their gradient.
 LOGITS_TILE = 1024
+# And those that go through projections and MLP.
+MLP_CHUNK = 8192
 # Adam (arXiv:1412.6980): two moments, beside a copy of the weights in float32.
 ADAM_BYTES = 3 * F32
 SHARDED = ("weights", "gradients", "optimizer")
@@ -127,7 +129,8 @@ def context(
     Training is with Adam in float32; weights, gradients and optimizer are sharded over all devices (FSDP), a
     layer's weights are gathered while it is computed and those of the next fetched; every layer keeps its
     input only, and recomputes the rest (remat of whole layers). Inference keeps keys and values of every
-    layer; weights are sharded and gathered alike; the prompt is read at once.
+    layer; weights are sharded and gathered alike; the prompt is read at once. Either way 8,192 tokens of a
+    device at a time go through projections and MLP (`train.mlp_chunk`).
 
     Args:
         model: a name of `ringjax.planning.MODELS`, a Hugging Face config.json, or a configuration.
@@ -224,7 +227,13 @@ def _fixed(config: "DecoderConfig", devices: int, size: int, training: bool) -> 
     """Of these `SHARDED` ones are split over the devices, and the others are whole on each."""
     parameters = -(-num_parameters(config) // devices)
     layer = _layer_parameters(config) * size if devices > 1 else 0
-    found = {"weights": parameters * size, "gathered layers": 2 * layer}
+    passes = 1 + training  # recomputed, activations live with their gradients
+    mlp = size * (2 * config.hidden_size + 3 * config.intermediate_size)
+    found = {
+        "weights": parameters * size,
+        "gathered layers": 2 * layer,
+        "activations of the MLP": passes * mlp * MLP_CHUNK,
+    }
     if training:
         found |= {
             "gradients": parameters * size,
@@ -240,16 +249,14 @@ def _per_token(config: "DecoderConfig", size: int, training: bool) -> dict[str, 
     width = config.hidden_size
     q = config.num_heads * config.head_dim
     kv = 2 * config.num_kv_heads * config.head_dim
-    # Around attention: the stream, its norm, q, the output; keys and values here, fused and on their way.
-    attention = size * (2 * width + 2 * q + 3 * kv) + F32 * q
-    mlp = size * (2 * width + 3 * config.intermediate_size)
     if not training:
-        return {
-            "key/value cache": size * config.num_layers * kv,
-            "activations": max(attention, mlp),
-        }
-    # Recomputed, each layer's activations live with their gradients; dkv travels in float32.
+        # The stream, q, keys and values here and on their way, sums in float32.
+        attention = size * (width + q + 2 * kv) + F32 * q
+        return {"key/value cache": size * config.num_layers * kv, "activations of attention": attention}
+    # With the stream's norm, the output and fused keys and values; recomputed, all live with their gradients,
+    # of which dkv travels in float32.
+    attention = size * (2 * width + 2 * q + 3 * kv) + F32 * q
     return {
         "inputs of layers": size * config.num_layers * width,
-        "activations of a layer": max(2 * attention + 3 * F32 * kv, 2 * mlp),
+        "activations of attention": 2 * attention + 3 * F32 * kv,
     }

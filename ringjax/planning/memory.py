@@ -60,11 +60,14 @@ def memory(
         found |= max(forward, backward, key=_total)
     if training:
         found["kept for the backward pass"] = inside.out + inside.statistics
-    return {name: count for name, count in found.items() if count}
+    return {name: count for name, count in found.items() if count > 0}
 
 
 def _total(buffers: dict[str, int]) -> int:
     return sum(buffers.values())
+
+
+# ---------------------------------------------------------------- blockwise, compiled for CPUs
 
 
 def _decoded(shard: Shard, choice: Choice) -> int:

@@ -1,5 +1,6 @@
 """`ringjax aot`: what it refuses, and, where the compiler is, what it prints."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,7 +10,8 @@ import pytest
 from ringjax.cli import main
 from ringjax.cli.aot import AotConfig
 from ringjax.cli.errors import CommandError
-from ringjax.planning import aot
+from ringjax.planning import aot, context
+from ringjax.planning.capacity import get_model
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 LLAMA = str(CONFIGS / "llama3-8b-1m-8xh100.toml")
@@ -123,3 +125,17 @@ def test_a_config_is_compiled_and_reported(capsys) -> None:
     assert memory["host"] > 0
     assert report["attention_launches"] == report["attention_launches_written"]
     assert (report["program"], report["fits"], report["problems"]) == ("train", True, [])
+
+
+@waits
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train", "prefill"])
+def test_what_a_context_takes_is_planned_within_15_percent(program, capsys) -> None:
+    """A million tokens of eight layers of Llama 3 8B: the whole step, and the whole prefill."""
+    options = {"model.num-layers": "8", "train.remat": "inputs", "target.program": program}
+    main(["aot", LLAMA, *(word for name, x in options.items() for word in (f"--{name}", x)), "--json"])
+    actual = json.loads(capsys.readouterr().out)["memory"]["total"]
+    model = dataclasses.replace(get_model("llama-3-8b")[1], num_layers=8)
+    found = context(model, "h100-sxm", 8, training=program == "train")
+    predicted = sum(found.fixed.values()) + sum(found.growing(1_048_576).values())
+    assert predicted == pytest.approx(actual, rel=0.15)

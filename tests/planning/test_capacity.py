@@ -44,6 +44,7 @@ def test_items_by_hand() -> None:
     assert found.items["weights"] == found.items["gradients"] == 2 * parameters
     assert found.items["optimizer"] == 12 * parameters
     assert found.items["inputs of layers"] == found.tokens // 8 * 32 * 4096 * 2
+    assert found.items["activations of the MLP"] == 2 * 2 * (2 * 4096 + 3 * 14_336) * 8192
     cache = context("llama-3-8b", "h100-sxm", 8)
     assert cache.items["key/value cache"] == cache.tokens // 8 * 32 * 2 * 8 * 128 * 2
     assert "optimizer" not in cache.items
