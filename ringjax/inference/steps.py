@@ -18,12 +18,16 @@ from jaxtyping import Array, Float, Int
 from .. import cache as kv_cache, layouts
 from ..attention import ring_attention_local
 from ..models.config import DecoderConfig
+from ..models.execution import Execution
 from ..models.llama import DecoderLayer
 from ..models.rope import make_rotary
 from ..ring import Ring
 from . import weights
 
 __all__ = ["Model"]
+
+# Tokens of a rank that go through projections and MLP at once.
+PREFILL_CHUNK = 8192
 
 Weights = dict[str, Any]
 Caches = tuple[Float[Array, "R S H"], ...]
@@ -84,7 +88,8 @@ class Model:
             # Padding stands after every real token, so causality alone keeps it out.
             return ring_attention_local(q, k, v, is_causal=True, ring=self.ring)
 
-        x = layer(x, positions=self._positions(x.shape[1])[None], attend=attend)
+        execution = Execution(attend=attend, chunk=PREFILL_CHUNK)
+        x = layer.execute(x, self._positions(x.shape[1])[None], execution)
         keys, values = kept
         return x, keys, values
 

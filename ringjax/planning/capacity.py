@@ -1,5 +1,6 @@
 """How long a context fits: a model's weights, optimizer, cache and activations, itemized per device."""
 
+import bisect
 import dataclasses
 import json
 import math
@@ -44,8 +45,9 @@ LLAMA_3 = {
 RESERVED = 0.1
 # Logits are made for so many tokens of a device at a time, in float32, and their gradient.
 LOGITS_TILE = 1024
-# And those that go through projections and MLP.
+# And of those that go through projections and MLP, whose activations are then no more than a chunk's.
 MLP_CHUNK = 8192
+ATTENTION, MLP = "activations of attention", "activations of the MLP"
 # Adam (arXiv:1412.6980): two moments, beside a copy of the weights in float32.
 ADAM_BYTES = 3 * F32
 SHARDED = ("weights", "gradients", "optimizer")
@@ -62,7 +64,7 @@ class Capacity:
         training: in training, or else in inference.
         tokens: of all sequences of the batch together, over all devices; a multiple of twice the devices.
         fixed: bytes per device that do not grow with the context, by what takes them.
-        per_token: bytes that each token of a device takes, likewise.
+        per_token: bytes that each token of a device takes, likewise; the MLP's, each of a chunk.
         trained_for: the context the model was made for, in tokens.
     """
 
@@ -82,8 +84,7 @@ class Capacity:
 
     def growing(self, tokens: int) -> dict[str, int]:
         """Bytes per device of so many tokens over all devices."""
-        own = -(-tokens // self.devices)
-        return {name: own * count for name, count in self.per_token.items()}
+        return _growing(self.per_token, -(-tokens // self.devices))
 
     def explain(self) -> str:
         """What fits, and what takes the memory."""
@@ -107,6 +108,9 @@ class Capacity:
         lines = [
             f"Of {in_bytes(self.hardware.memory_bytes)} per device {RESERVED:.0%} stay free for the runtime."
         ]
+        if self.tokens > self.devices * MLP_CHUNK:
+            how = f"train.mlp_chunk = {MLP_CHUNK}" if self.training else f"as many as {MLP_CHUNK:,}"
+            lines.append(f"Tokens of a device go through projections and MLP in chunks: {how}.")
         if self.tokens > self.trained_for:
             lines.append(f"The model was made for contexts of {self.trained_for:,} tokens.")
         return lines
@@ -129,8 +133,8 @@ def context(
     Training is with Adam in float32; weights, gradients and optimizer are sharded over all devices (FSDP), a
     layer's weights are gathered while it is computed and those of the next fetched; every layer keeps its
     input only, and recomputes the rest (remat of whole layers). Inference keeps keys and values of every
-    layer; weights are sharded and gathered alike; the prompt is read at once. Either way 8,192 tokens of a
-    device at a time go through projections and MLP (`train.mlp_chunk`).
+    layer; weights are sharded and gathered alike; the prompt is read at once. 8,192 tokens of a device at a
+    time go through projections and MLP: in training that is `train.mlp_chunk = 8192`.
 
     Args:
         model: a name of `ringjax.planning.MODELS`, a Hugging Face config.json, or a configuration.
@@ -157,7 +161,7 @@ def context(
     per_token = _per_token(config, size, training)
     usable = (1 - RESERVED) * hardware.memory_bytes
     runs = 2  # of a rank in zigzag layout
-    own = int((usable - sum(fixed.values())) // sum(per_token.values())) // runs * runs
+    own = _own_tokens(usable - sum(fixed.values()), per_token) // runs * runs
     if own < runs:
         raise ValueError(
             f"{name} does not fit on {devices} {hardware.name}: without any context it needs "
@@ -176,9 +180,23 @@ def context(
     )
 
 
+def _growing(per_token: dict[str, int], own: int) -> dict[str, int]:
+    """Bytes of so many tokens of a device; attention's activations and the MLP's are not alive at once."""
+    found = {name: own * count for name, count in per_token.items()}
+    found[MLP] = min(own, MLP_CHUNK) * per_token[MLP]
+    del found[min(ATTENTION, MLP, key=lambda name: found[name])]
+    return found
+
+
+def _own_tokens(free: float, per_token: dict[str, int]) -> int:
+    """How many tokens of a device take so many bytes."""
+    most = int(free // min(per_token.values()))
+    return bisect.bisect_right(range(most), free, key=lambda own: sum(_growing(per_token, own).values())) - 1
+
+
 def _enough_devices(fixed: dict[str, int], per_token: dict[str, int], devices: int, usable: float) -> str:
     """How many devices would hold two tokens each, in words."""
-    whole = 2 * sum(per_token.values()) + sum(n for name, n in fixed.items() if name not in SHARDED)
+    whole = sum(_growing(per_token, 2).values()) + sum(n for name, n in fixed.items() if name not in SHARDED)
     if whole >= usable:
         return "larger devices: what each of them must hold whole is more than that"
     sharded = devices * sum(n for name, n in fixed.items() if name in SHARDED)
@@ -227,13 +245,7 @@ def _fixed(config: "DecoderConfig", devices: int, size: int, training: bool) -> 
     """Of these `SHARDED` ones are split over the devices, and the others are whole on each."""
     parameters = -(-num_parameters(config) // devices)
     layer = _layer_parameters(config) * size if devices > 1 else 0
-    passes = 1 + training  # recomputed, activations live with their gradients
-    mlp = size * (2 * config.hidden_size + 3 * config.intermediate_size)
-    found = {
-        "weights": parameters * size,
-        "gathered layers": 2 * layer,
-        "activations of the MLP": passes * mlp * MLP_CHUNK,
-    }
+    found = {"weights": parameters * size, "gathered layers": 2 * layer}
     if training:
         found |= {
             "gradients": parameters * size,
@@ -249,14 +261,20 @@ def _per_token(config: "DecoderConfig", size: int, training: bool) -> dict[str, 
     width = config.hidden_size
     q = config.num_heads * config.head_dim
     kv = 2 * config.num_kv_heads * config.head_dim
+    mlp = size * (2 * width + 3 * config.intermediate_size)
     if not training:
         # The stream, q, keys and values here and on their way, sums in float32.
         attention = size * (width + q + 2 * kv) + F32 * q
-        return {"key/value cache": size * config.num_layers * kv, "activations of attention": attention}
+        return {
+            "key/value cache": size * config.num_layers * kv,
+            ATTENTION: attention,
+            MLP: mlp,
+        }
     # With the stream's norm, the output and fused keys and values; recomputed, all live with their gradients,
     # of which dkv travels in float32.
     attention = size * (2 * width + 2 * q + 3 * kv) + F32 * q
     return {
         "inputs of layers": size * config.num_layers * width,
-        "activations of attention": 2 * attention + 3 * F32 * kv,
+        ATTENTION: 2 * attention + 3 * F32 * kv,
+        MLP: 2 * mlp,
     }

@@ -139,7 +139,13 @@ def predict(workload: Workload, choice: Choice, hardware: Hardware, *, training:
         transfers=sent,
         hops=hops,
         flop=operations,
-        memory=memory(workload, choice, training=training, kernel=_kernel_of(workload, choice, hardware)),
+        memory=memory(
+            workload,
+            choice,
+            training=training,
+            kernel=_meet_in(workload, choice, hardware),
+            device=_device(hardware),
+        ),
         compute_seconds=time.compute + time.memory,
         link_seconds=time.link,
         exposed_seconds=time.exposed,
@@ -151,10 +157,15 @@ def predict(workload: Workload, choice: Choice, hardware: Hardware, *, training:
 
 def kernel_for(workload: Workload, hardware: Hardware) -> tuple[KernelName, str]:
     """What `kernel="auto"` takes on such devices, and why."""
-    device = Device(platform="gpu", kind=hardware.name.upper(), has_cudnn=True)
+    head_sizes = workload.head_dim, workload.value_size
+    return _kernel_for(workload.mask, workload.dtype, head_sizes, _device(hardware))
+
+
+def _device(hardware: Hardware) -> Device:
+    """As JAX would name it."""
     if hardware.shared_processor:
-        device = Device()
-    return _kernel_for(workload.mask, workload.dtype, (workload.head_dim, workload.value_size), device)
+        return Device()
+    return Device(platform="gpu", kind=hardware.name.upper(), has_cudnn=True)
 
 
 @ft.cache
@@ -162,7 +173,7 @@ def _kernel_for(mask: Mask, dtype: Dtype, head_sizes: HeadSizes, device: Device)
     return choose_kernel(Rule(mask=mask, scale=1.0), Operands(), dtype, head_sizes, device)
 
 
-def _kernel_of(workload: Workload, choice: Choice, hardware: Hardware) -> KernelName:
+def _meet_in(workload: Workload, choice: Choice, hardware: Hardware) -> KernelName:
     """What shards meet in: meetings that cuDNN does not take go to `pallas`."""
     kernel, _ = kernel_for(workload, hardware)
     return "pallas" if kernel == "cudnn" and not _goes_to_cudnn(workload, choice) else kernel
@@ -219,7 +230,7 @@ class _Clock:
         self.shard = workload.shard(choice)
         fraction = hardware.forward_fraction if pass_ == "forward" else hardware.backward_fraction
         self.best_rate = self.rate = fraction * hardware.peak(workload.dtype)
-        if _kernel_of(workload, choice, hardware) != kernel_for(workload, hardware)[0]:
+        if _meet_in(workload, choice, hardware) != kernel_for(workload, hardware)[0]:
             self.rate *= hardware.pallas_fraction
         self.overhead = hardware.forward_overhead if pass_ == "forward" else hardware.backward_overhead
         runs = layouts.chunks(choice.layout)

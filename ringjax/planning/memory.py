@@ -6,7 +6,8 @@ What is alive at once is counted in compiled programs, and the compilers of CPUs
 import dataclasses
 
 from ..kernels import BlockSizes, Device, KernelName
-from ..kernels.flash_tables import launch_of
+from ..kernels.flash_tables import Launch, Pass, launch_of
+from ..strategies.halves import LONGEST
 from .wire import moves_queries
 from .workload import F32, Choice, Shard, Workload, ring_schedule
 
@@ -14,10 +15,17 @@ __all__ = ["TILE", "memory"]
 
 # Queries by keys that a kernel computes at a time.
 TILE = BlockSizes().q, BlockSizes().kv
+INT32 = 4
+GPU = Device(platform="gpu")
 
 
 def memory(
-    workload: Workload, choice: Choice, *, training: bool, kernel: KernelName = "blockwise"
+    workload: Workload,
+    choice: Choice,
+    *,
+    training: bool,
+    kernel: KernelName = "blockwise",
+    device: Device = GPU,
 ) -> dict[str, int]:
     """Bytes on one device, of the call alone: its arguments and results, and what it needs meanwhile.
 
@@ -28,6 +36,7 @@ def memory(
         choice: how it is distributed.
         training: whether there is a backward pass.
         kernel: what shards meet in; `"blockwise"` is compiled for CPUs, the others for GPUs.
+        device: the GPU, on whose generation the kernel's blocks depend.
     """
     shard = inside = workload.shard(choice)
     expansions = shard.item_size * shard.expansion_items
@@ -48,7 +57,9 @@ def memory(
             choice = dataclasses.replace(choice, strategy="ulysses")
         forward = _fused_forward(inside, choice, found["outputs"])
         backward = _fused_backward(inside, workload, choice, found["outputs"])
-        found["lists of blocks"] = _lists(inside, workload, choice) if kernel == "pallas" else 0
+    if kernel == "pallas":
+        launch = launch_of(device, workload.dtype, (inside.head_dim, inside.value_dim))
+        forward["lists of blocks"], backward["lists of blocks"] = _lists(inside, choice, launch)
     if kernel == "cudnn":
         forward["of a meeting"], backward["of a meeting"] = _of_a_meeting(inside, choice)
     if not training:
@@ -60,7 +71,7 @@ def memory(
         found |= max(forward, backward, key=_total)
     if training:
         found["kept for the backward pass"] = inside.out + inside.statistics
-    return {name: count for name, count in found.items() if count > 0}
+    return {name: count for name, count in found.items() if count}
 
 
 def _total(buffers: dict[str, int]) -> int:
@@ -83,13 +94,13 @@ def _forward(shard: Shard, choice: Choice) -> dict[str, int]:
             gathered = choice.devices * (2 * shard.kv_sent + _decoded(shard, choice)) // choice.head_groups
             pieces = shard.q + shard.kv + shard.out if choice.head_groups > 1 else 0
             return {"gathered": gathered, "parts of heads": pieces, "accumulators": partial}
-        case "ring_q":
+        case "ring_q" if choice.devices > 1:
             on_way = 2 * shard.q + 3 * F32 * shard.out_items
             on_way *= 2 if choice.bidirectional else 1
             return {"keys and values": shard.given + shard.kv, "on the way": on_way}
         case "double_ring":
             copies = 2
-        case "ring" | "ulysses" | "usp":
+        case "ring" | "ring_q" | "ulysses" | "usp":
             copies = 3 if choice.bidirectional else 1
     return {
         "keys and values": shard.given + _decoded(shard, choice),
@@ -137,12 +148,22 @@ def _tile(shard: Shard) -> int:
 # ---------------------------------------------------------------- fused kernels, compiled for GPUs
 
 
-def _lists(shard: Shard, workload: Workload, choice: Choice) -> int:
-    """Verdicts on pairs of blocks, and the orders in which each block meets the others, as int32."""
-    launch = launch_of(Device(platform="gpu"), workload.dtype, (shard.head_dim, shard.value_dim))
-    tile = launch.forward.blocks or launch.block_sizes
+def _lists(shard: Shard, choice: Choice, launch: Launch) -> tuple[int, int]:
+    """Verdicts on pairs of blocks, and the orders in which each block meets the others, in either pass."""
     keys = shard.keys * (choice.devices if choice.strategy == "all_gather" else 1)
-    return 4 * 4 * shard.batch * -(-shard.queries // tile.q) * -(-keys // tile.kv)
+
+    def count(pass_: Pass) -> int:
+        tile = pass_.blocks or launch.block_sizes
+        return -(-shard.queries // tile.q) * -(-keys // tile.kv)
+
+    # The verdicts, and three arrays of int32 to sort them; those of the keys stay until these are done.
+    return 4 * INT32 * count(launch.forward), 4 * INT32 * max(count(launch.dq), count(launch.dkv))
+
+
+def _is_cut(shard: Shard, choice: Choice) -> bool:
+    """Whether half of the heads of the own shard come last, and are copied for it; both ways show no copy."""
+    is_long = max(shard.queries, shard.keys) > LONGEST
+    return shard.heads > 1 and not is_long and not choice.bidirectional
 
 
 def _of_a_meeting(shard: Shard, choice: Choice) -> tuple[int, int]:
@@ -171,22 +192,23 @@ def _fused_forward(shard: Shard, choice: Choice, outputs: int) -> dict[str, int]
             # As it comes, and by heads: one after the other.
             gathered = shard.kv_sent + max(shard.kv_sent, shard.decoded)
             if shard.latent_dim is not None:
-                gathered += _keys(shard)  # put together from what is expanded and what all heads share
+                gathered += shard.k  # put together from what is expanded and what all heads share
             found = _gathered(gathered, choice)
             if choice.head_groups > 1:
-                found["parts of heads"] = shard.q + shard.kv + partial - outputs
+                found["parts of heads"] = max(shard.q + shard.kv + partial - outputs, 0)
             return found
+        case _ if choice.devices == 1:
+            given = shard.decoded + shard.given + partial
+            return {"keys and values": max(decoded, given) - partial, "accumulators": partial}
         case "ring_q":
-            on_way = ways * (2 * shard.q + 3 * F32 * shard.out_items) + (2 - ways) * shard.q
-            return {"keys and values": shard.kv, "on the way": on_way}
+            on_way = ways * (2 * shard.q + 3 * F32 * shard.out_items)
+            halves = (shard.q + shard.kv) // 2 if _is_cut(shard, choice) else 0
+            return {"keys and values": shard.kv, "on the way": on_way, "half of the heads": halves}
         case "ulysses":
             # By tokens and by heads, and then as the sums are made of it.
             resharding = max(2 * shard.kv, shard.q + partial)
             encoded = shard.kv_sent if shard.decoded else 0
-            return {"keys and values": shard.kv, "resharded": resharding + encoded - outputs}
-        case _ if choice.devices == 1:
-            given = shard.decoded + shard.given + partial
-            return {"keys and values": max(decoded, given) - partial, "accumulators": partial}
+            return {"keys and values": shard.kv, "resharded": max(resharding + encoded - outputs, 0)}
         case "double_ring":
             copies = 4
         case "ring" | "usp":
@@ -216,13 +238,15 @@ def _fused_backward(shard: Shard, workload: Workload, choice: Choice, outputs: i
             as_made = shard.batch * shard.kv_heads == choice.head_groups
             found["accumulators"] = dq // choice.head_groups if as_made else max(dq, scattered)
             if choice.head_groups > 1:
-                found["parts of heads"] = shard.q + shard.kv + shard.out + dq + 3 * dkv // 2 - outputs
+                # Of all groups, and a half more of the keys' gradient than there is in the end.
+                parts = shard.q + shard.kv + shard.out + dq + 3 * dkv // 2
+                found["parts of heads"] = max(parts - outputs, 0)
             return found
         case "ulysses":
-            sums = dq + dkv - outputs
+            sums = max(dq + dkv - outputs, 0)
             return {"resharded": shard.q + shard.out, "keys and values": shard.kv, "accumulators": sums}
         case _ if choice.devices == 1:
-            sums = dq + dkv + shard.expanded - outputs
+            sums = max(dq + dkv + shard.expanded - outputs, 0)
             return {"keys and values": shard.given + shard.decoded, "accumulators": sums}
         case "double_ring":
             return {
@@ -234,6 +258,10 @@ def _fused_backward(shard: Shard, workload: Workload, choice: Choice, outputs: i
             queries = choice.strategy == "ring_q"
             if moves_queries(shard, ring_schedule(workload, choice), "backward", queries=queries):
                 decoded, on_way, sums = shard.kv, 2 * (shard.q + shard.out) + 2 * dq, dkv
+                if _is_cut(shard, choice):
+                    # Only dq is on its way home then.
+                    halves = (shard.q + shard.out + shard.kv + dkv) // 2
+                    on_way = max(on_way, 2 * dq + halves)
             else:
                 on_way, sums = 2 * (shard.kv_sent + dkv), dq
             return {
@@ -247,8 +275,3 @@ def _fused_backward(shard: Shard, workload: Workload, choice: Choice, outputs: i
 def _gathered(each: int, choice: Choice) -> dict[str, int]:
     """Of all ranks, for the heads that are gathered at a time."""
     return {"gathered": choice.devices * each // choice.head_groups}
-
-
-def _keys(shard: Shard) -> int:
-    """Bytes of the keys alone."""
-    return shard.kv * shard.head_dim // (shard.head_dim + shard.value_dim)

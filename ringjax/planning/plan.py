@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from ..kernels import KernelName
@@ -292,7 +292,14 @@ def plan(
     candidates = [predict(workload, choice, hardware, training=training) for choice in choices]
     fitting = [c for c in candidates if c.memory_bytes <= hardware.memory_bytes]
     if not fitting:
-        raise ValueError(_too_large(min(candidates, key=lambda c: c.memory_bytes), hardware))
+        smallest = min(candidates, key=lambda c: c.memory_bytes)
+
+        def fits(workload: Workload, devices: int) -> bool:
+            ways = _choices(workload, hardware, devices, strategy, layout, None, {})
+            taken = (predict(workload, way, hardware, training=training).memory_bytes for way in ways)
+            return any(count <= hardware.memory_bytes for count in taken)
+
+        raise ValueError(_too_large(workload, smallest, hardware, fits))
     for candidate in candidates:
         if candidate not in fitting:
             left_out[candidate.choice.label] = (
@@ -399,15 +406,28 @@ def _nothing_to_try(
     return f"strategy={strategy!r} needs more than one device; devices={devices}."
 
 
-def _too_large(smallest: Prediction, hardware: Hardware) -> str:
-    factor = smallest.memory_bytes / hardware.memory_bytes
-    devices = math.ceil(smallest.choice.devices * factor)
-    more = f"about {devices} devices, or " if devices <= MAX_DEVICES else ""
+def _too_large(
+    workload: Workload, smallest: Prediction, hardware: Hardware, fits: Callable[[Workload, int], bool]
+) -> str:
+    """What is missing, and how many devices or how few tokens would do."""
+    devices = smallest.choice.devices
+    counts = (devices << doubled for doubled in range(1, (MAX_DEVICES // devices).bit_length()))
+    enough = next((f"{count} devices" for count in counts if fits(workload, count)), None)
+    fewer = (1 << halved for halved in range(1, workload.tokens.bit_length()))
+    less = next(
+        (f"1/{part} of the tokens" for part in fewer if fits(_part_of(workload, part), devices)), None
+    )
+    advice = " or ".join(filter(None, (enough, less)))
     return (
         f"no way fits: {smallest.choice.label} needs the least, {in_bytes(smallest.memory_bytes)} per "
-        f"device, of which {hardware.name} has {in_bytes(hardware.memory_bytes)}. Take {more}"
-        f"1/{factor:.1f} of the tokens or batch."
+        f"device, of which {hardware.name} has {in_bytes(hardware.memory_bytes)}. "
+        + (f"Take {advice}." if advice else "Take other devices.")
     )
+
+
+def _part_of(workload: Workload, part: int) -> Workload:
+    kv_tokens = None if workload.kv_tokens is None else max(1, workload.kv_tokens // part)
+    return dataclasses.replace(workload, tokens=max(1, workload.tokens // part), kv_tokens=kv_tokens)
 
 
 def _shortest_shard(workload: Workload, choice: Choice, hardware: Hardware, training: bool) -> int | None:

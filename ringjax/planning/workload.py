@@ -310,6 +310,11 @@ class Shard:
         return self.kv_items * self.item_size
 
     @property
+    def k(self) -> int:
+        """Bytes of keys alone."""
+        return self.kv * self.head_dim // (self.head_dim + self.value_dim)
+
+    @property
     def statistics(self) -> int:
         """Bytes of the log-sum-exp, float32."""
         return F32 * self.batch * self.queries * self.heads

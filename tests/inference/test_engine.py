@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
 from ringjax import Ring, shard_sequence
-from ringjax.inference import Engine, Generation, Sampler, weights
+from ringjax.inference import Engine, Generation, Sampler, steps, weights
 from ringjax.inference.programs import Programs
-from ringjax.models import Decoder, DecoderConfig
+from ringjax.models import Decoder, DecoderConfig, llama
 
 MakeMesh = Callable[..., Mesh]
 
@@ -123,6 +123,22 @@ def test_greedy_tokens_are_those_of_the_naive_full_pass(
     for token, row in zip(generation.token_ids, logits, strict=True):
         assert token == row.argmax()
     assert [int(x) for x in generation] == ids, "a second run starts over"
+
+
+def test_a_prompt_goes_through_the_mlp_in_chunks(
+    mesh: MakeMesh, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three tokens of a rank, the last of them shorter."""
+    seen = []
+    in_chunks = llama.in_chunks
+    monkeypatch.setattr(
+        llama, "in_chunks", lambda f, chunk, *x: seen.append(chunk) or in_chunks(f, chunk, *x)
+    )
+    monkeypatch.setattr(steps, "PREFILL_CHUNK", 3)
+    generation, logits = run(make_engine(mesh(2)))
+    assert generation.token_ids == expected[CONFIG][0]
+    assert np.abs(logits - expected[CONFIG][1]).max() < 1e-4
+    assert 3 in seen
 
 
 def test_mesh_of_auto_axes_gives_the_same(mesh: MakeMesh, expected: Any) -> None:

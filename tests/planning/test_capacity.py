@@ -44,10 +44,21 @@ def test_items_by_hand() -> None:
     assert found.items["weights"] == found.items["gradients"] == 2 * parameters
     assert found.items["optimizer"] == 12 * parameters
     assert found.items["inputs of layers"] == found.tokens // 8 * 32 * 4096 * 2
-    assert found.items["activations of the MLP"] == 2 * 2 * (2 * 4096 + 3 * 14_336) * 8192
+    q, kv = 4096, 2 * 8 * 128
+    attention = 2 * (2 * (2 * 4096 + 2 * q + 3 * kv) + 4 * q) + 3 * 4 * kv
+    assert found.items["activations of attention"] == found.tokens // 8 * attention
+    # Where a device has few tokens, the MLP takes more; where it has many, no more than for 8,192.
+    few, many = (found.growing(8 * own)["activations of the MLP"] for own in (100, 10_000))
+    assert few == 100 * 2 * 2 * (2 * 4096 + 3 * 14_336)
+    assert many == few // 100 * 8192
     cache = context("llama-3-8b", "h100-sxm", 8)
     assert cache.items["key/value cache"] == cache.tokens // 8 * 32 * 2 * 8 * 128 * 2
     assert "optimizer" not in cache.items
+
+
+@pytest.mark.parametrize("devices", [128, 512])
+def test_few_tokens_of_a_device_are_no_chunk(devices) -> None:
+    assert context("llama-3-405b", devices=devices, training=True).tokens < 8192 * devices
 
 
 def test_more_devices_and_more_memory_fit_more_and_training_less() -> None:

@@ -7,7 +7,8 @@ import jax
 import pytest
 from calls import call_of
 
-from ringjax.planning import Choice, Workload, aot
+from ringjax.kernels import Device
+from ringjax.planning import HARDWARE, Choice, Workload, aot, predict
 from ringjax.planning.memory import memory
 
 LONG = Workload(tokens=2**20, heads=32, kv_heads=8, head_dim=128)
@@ -132,9 +133,14 @@ ON_GPUS = {
     "ulysses, float32": (MHA | FLOAT32, choice("ulysses", 4, inner=4)),
     "usp": (MHA, choice("usp", 4, inner=2, layout="zigzag")),
     "double_ring": (MHA, choice("double_ring", 4, inner=2, layout="zigzag")),
+    "ring, two rows, one key head": (GQA | {"batch": 2, "kv_heads": 1}, ring(4)),
+    "ring_q, few queries": (FEW, choice("ring_q", 4)),
+    "ring_q, one device": (MHA, choice("ring_q", 1)),
+    # Half of what it takes in training is orders of blocks.
+    "ulysses, long": ({"tokens": 262_144, "heads": 2, "kv_heads": 2}, choice("ulysses", 2, inner=2)),
 }
 ON_CUDNN = ["ring", "ring, grouped heads", "ring_q", "ulysses", "double_ring"]
-FORWARD = [*ON_CUDNN, "ring, latents", "all_gather", "usp"]
+FORWARD = ["ring", "ring_q", "ulysses", "ring, latents", "all_gather", "usp", "ulysses, long"]
 
 
 @pytest.mark.skipif(not aot.is_installed(), reason="waits for the aot extra (jax-cuda13-plugin of JAX 0.12)")
@@ -159,13 +165,38 @@ def test_memory_is_within_15_percent_of_what_is_compiled_for_gpus(kernel, case, 
     assert math.isclose(predicted, actual, rel_tol=0.15), (predicted, actual)
 
 
-def test_orders_of_blocks_grow_with_the_square_of_what_a_device_sees() -> None:
-    """With all tokens on every device they come to as much as the keys and values of a million."""
-    taken = {
-        strategy: memory(
-            LONG, Choice(strategy=strategy, devices=8, inner=inner), training=False, kernel="pallas"
-        )
-        for strategy, inner in (("ring", 1), ("ulysses", 8))
-    }
-    lists = {strategy: found["lists of blocks"] for strategy, found in taken.items()}
-    assert lists["ulysses"] == 64 * lists["ring"] > taken["ulysses"]["keys and values"]
+@pytest.mark.parametrize(
+    # Blocks of 128 by 128, and 32 by 64 for the gradient of the keys; of 64 by 64 in all passes.
+    ("kind", "forward", "backward"), [("H100", 8192 * 8192, 32_768 * 16_384), ("A100", 16_384**2, 16_384**2)]
+)  # fmt: skip
+def test_orders_of_blocks_take_the_square_of_what_a_device_sees(kind, forward, backward) -> None:
+    ulysses, device = choice("ulysses", inner=8), Device(platform="gpu", kind=kind)
+    for training, blocks in ((False, forward), (True, backward)):
+        found = memory(LONG, ulysses, training=training, kernel="pallas", device=device)
+        assert found["lists of blocks"] == 4 * 4 * blocks
+
+
+def test_what_cudnn_makes_of_a_meeting_is_counted() -> None:
+    call = Workload(tokens=2**16, heads=8, kv_heads=2, head_dim=128)
+    q, kv = 2**13 * 8 * 128 * 2, 2**13 * 2 * 256 * 2
+    for choice_, training, more in (
+        (ring(), False, 2 * q),
+        (ring(), True, 2 * q + kv),
+        (ring(bidirectional=True), True, 2 * (2 * q + kv)),
+        (choice("ulysses", inner=8), False, q),
+    ):
+        assert memory(call, choice_, training=training, kernel="cudnn")["of a meeting"] == more
+
+
+def test_what_cudnn_does_not_take_is_planned_as_pallas_takes_it() -> None:
+    for layout, kernel in (("zigzag", "of a meeting"), ("striped", "lists of blocks")):
+        found = predict(LONG, ring(layout=layout), HARDWARE["h100-sxm"], training=True).memory
+        assert {"of a meeting", "lists of blocks"} & found.keys() == {kernel}
+
+
+def test_where_nothing_travels_all_rings_take_the_same() -> None:
+    for kernel in ("blockwise", "pallas"):
+        for training in (False, True):
+            alone = choice("ring", 1), choice("ring_q", 1)
+            keys, queries = (memory(LONG, x, training=training, kernel=kernel) for x in alone)
+            assert keys == queries

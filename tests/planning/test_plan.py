@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -199,11 +200,11 @@ def test_facts_of_ones_own_are_taken() -> None:
         ({"heads": 8.0}, "heads=8.0: give an integer"),
         ({"devices": 8.0}, "devices=8.0: give an integer"),
         ({"causal": "no"}, "causal='no' is not known; choose one of True, False"),
-        ({"tokens": 2**31 - 1, "devices": 1024}, r"80 GB. Take 1/1\.\d of the tokens or batch"),
+        ({"tokens": 2**31 - 1, "devices": 1024}, r"80 GB. Take 1/2 of the tokens\."),
         (
             {"tokens": 2**26},
             r"no way fits: ulysses, contiguous needs the least, \d+ GB per device, of which h100-sxm has "
-            r"80 GB. Take about \d+ devices",
+            r"80 GB. Take \d+ devices or 1/\d+ of the tokens\.",
         ),
     ],
 )
@@ -212,7 +213,18 @@ def test_bad_plans_say_what_to_change(change, message) -> None:
         plan(**CALL | change)
 
 
-def test_the_devices_that_are_advised_suffice() -> None:
-    with pytest.raises(ValueError, match="Take about 4[0-9] devices"):
-        plan(**CALL | {"tokens": 2**26}, strategy="ring")
-    assert plan(**CALL | {"tokens": 2**26}, strategy="ring", devices=48).best
+@pytest.mark.parametrize("hardware", ["h100-sxm", "a100-80gb-sxm"])
+@pytest.mark.parametrize("strategy", [None, "ring", "ulysses"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_advised_suffices(hardware, strategy, training) -> None:
+    options: dict[str, Any] = {"hardware": hardware, "strategy": strategy, "training": training}
+    with pytest.raises(ValueError, match="no way fits") as refused:
+        plan(**CALL | {"tokens": 2**26}, **options)
+    devices = re.search(r"Take (\d+) devices", str(refused.value))
+    part = re.search(r"1/(\d+) of the tokens", str(refused.value))
+    assert part
+    assert plan(**CALL | {"tokens": 2**26 // int(part[1])}, **options).best
+    if devices:
+        assert plan(**CALL | {"tokens": 2**26}, devices=int(devices[1]), **options).best
+    else:
+        assert strategy == "ulysses"  # which has no more devices than heads

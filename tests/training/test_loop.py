@@ -458,9 +458,12 @@ def finish(*processes: subprocess.Popen) -> None:
         for process in processes:
             errors.append(process.communicate(timeout=max(until - time.monotonic(), 1))[1])
     except subprocess.TimeoutExpired:
+        died = any(process.poll() for process in processes)  # others wait for it
         for process in processes:
             process.kill()
-        raise Hangs("\n\n".join(process.communicate()[1] for process in processes)) from None
+        said = "\n\n".join(process.communicate()[1] for process in processes)
+        assert not died, said
+        raise Hangs(said) from None
     finally:
         for process in processes:
             process.kill()
@@ -471,7 +474,7 @@ def finish(*processes: subprocess.Popen) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default:two processes did not end")
 def test_two_processes_agree(make_config, tmp_path):
-    one, two = make_config("one", ring=2), make_config("two", ring=2)
+    one, two = make_config("one", ring=4), make_config("two", ring=4)
 
     def run(terminate_second_at: int) -> int:
         """Both until they end; says after which step."""
@@ -479,17 +482,23 @@ def test_two_processes_agree(make_config, tmp_path):
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         finish(*(
-            start(two, tmp_path, address, str(number), devices=1, terminate_at=terminate_at)
+            start(two, tmp_path, address, str(number), devices=2, terminate_at=terminate_at)
             for number, terminate_at in enumerate((0, terminate_second_at))
         ))  # fmt: skip
         return max(dict(line)["step"] for line in losses(two))
 
     def run_through(terminate_second_at: int) -> int:
-        """Goes on, as any run does, from one that hung: collectives of CPUs do at times, inside XLA."""
+        """Once more, if they hang: collectives of CPUs do at times, inside XLA."""
+        before = tmp_path / f"before-{terminate_second_at}"
+        if pathlib.Path(two.run.directory).exists():
+            shutil.copytree(two.run.directory, before)
         try:
             return run(terminate_second_at)
         except Hangs as hanging:
             warnings.warn(f"two processes did not end; they stood at\n{hanging}", stacklevel=1)
+        shutil.rmtree(two.run.directory, ignore_errors=True)
+        if before.exists():
+            before.rename(two.run.directory)
         return run(terminate_second_at)
 
     # The second one is told to stop, and both do.
