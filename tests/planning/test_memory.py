@@ -139,7 +139,7 @@ ON_GPUS = {
     # Half of what it takes in training is orders of blocks.
     "ulysses, long": ({"tokens": 262_144, "heads": 2, "kv_heads": 2}, choice("ulysses", 2, inner=2)),
 }
-ON_CUDNN = ["ring", "ring, grouped heads", "ring_q", "ulysses", "double_ring"]
+ON_CUDNN = ["ring", "ring, grouped heads", "ring_q", "ulysses"]
 FORWARD = ["ring", "ring_q", "ulysses", "ring, latents", "all_gather", "usp", "ulysses, long"]
 
 
