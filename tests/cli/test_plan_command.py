@@ -47,7 +47,7 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
         ),
         (
             ["--model", "llama-3-70b", "--devices", "16", "--tokens", "100000000"],
-            "of the tokens or batch. llama-3-70b, inference on 16 h100-sxm",
+            "of the tokens. llama-3-70b, inference on 16 h100-sxm",
         ),
         ([*CAUSAL, "--plot", "plan"], "'plan': a picture's name ends in one of .eps, "),
         (["--measure", "--tokens", "8"], "--measure plans nothing, so it takes no --tokens"),
