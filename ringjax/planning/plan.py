@@ -294,10 +294,11 @@ def plan(
     if not fitting:
         smallest = min(candidates, key=lambda c: c.memory_bytes)
 
-        def fits(workload: Workload, devices: int) -> bool:
-            ways = _choices(workload, hardware, devices, strategy, layout, None, {})
+        def fits(workload: Workload, count: int) -> bool:
+            split = axis_sizes if count == devices else None
+            ways = _choices(workload, hardware, count, strategy, layout, split, {})
             taken = (predict(workload, way, hardware, training=training).memory_bytes for way in ways)
-            return any(count <= hardware.memory_bytes for count in taken)
+            return any(each <= hardware.memory_bytes for each in taken)
 
         raise ValueError(_too_large(workload, smallest, hardware, fits))
     for candidate in candidates:

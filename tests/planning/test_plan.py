@@ -228,3 +228,12 @@ def test_what_is_advised_suffices(hardware, strategy, training) -> None:
         assert plan(**CALL | {"tokens": 2**26}, devices=int(devices[1]), **options).best
     else:
         assert strategy == "ulysses"  # which has no more devices than heads
+
+
+def test_fewer_tokens_are_advised_for_the_axes_that_were_asked_for() -> None:
+    options: dict[str, Any] = CALL | {"axis_sizes": (2, 4), "strategy": "double_ring", "hardware": "h100-sxm"}
+    with pytest.raises(ValueError, match="no way fits") as refused:
+        plan(**options | {"tokens": 2**26})
+    part = re.search(r"1/(\d+) of the tokens", str(refused.value))
+    assert part
+    assert plan(**options | {"tokens": 2**26 // int(part[1])}).best
