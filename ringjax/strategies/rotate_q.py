@@ -78,13 +78,14 @@ def _with_operands_by_keys(inputs: Inputs, problem: Problem) -> Inputs:
 
 
 def _by_keys(x: Array, inputs: Inputs, problem: Problem) -> Array:
-    """From this rank's queries by all keys to all queries by this rank's keys; axes of 1 stay."""
-    _, _, q_length, kv_length = x.shape
+    """From this rank's queries by all keys to all queries by this rank's keys; broadcast axes stay."""
     axis = problem.axis_names
-    if q_length > 1 and kv_length > 1:
+    # A rank may have one query only: then an axis of 1 is split, or broadcast and none the worse for it.
+    by_query, by_key = x.shape[2] == inputs.q.shape[1], x.shape[3] > 1
+    if by_query and by_key:
         return lax.all_to_all(x, axis, split_axis=3, concat_axis=2, tiled=True)
-    if q_length > 1:
+    if by_query:
         return lax.all_gather(x, axis, axis=2, tiled=True)
-    if kv_length > 1:
+    if by_key:
         return lax.dynamic_slice_in_dim(x, problem.rank * inputs.kv_length, inputs.kv_length, axis=3)
     return x

@@ -9,6 +9,7 @@ References:
 """
 
 import dataclasses
+import functools as ft
 import math
 
 import jax
@@ -69,7 +70,8 @@ class _Exchange:
             jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=1) if repeats > 1 else x, tree)
             for tree in (inputs.kv, inputs.constants)
         )
-        bias, mask = (None if x is None else self._logits(x) for x in (operands.bias, operands.mask))
+        logits = ft.partial(self._logits, q_length=inputs.q.shape[1])
+        bias, mask = (None if x is None else logits(x) for x in (operands.bias, operands.mask))
         sinks = None if operands.sinks is None else self._own_heads(operands.sinks, 0)
         return Inputs(
             q=self.by_heads(inputs.q),
@@ -91,7 +93,8 @@ class _Exchange:
         operands = gradients.operands
         if operands.bias is not None and inputs.operands.bias is not None:
             bias = inputs.operands.bias.astype(operands.bias.dtype)
-            operands = operands._replace(bias=jax.vjp(self._logits, bias)[1](operands.bias)[0])
+            logits = ft.partial(self._logits, q_length=inputs.q.shape[1])
+            operands = operands._replace(bias=jax.vjp(logits, bias)[1](operands.bias)[0])
         return gradients._replace(q=self.by_tokens(gradients.q.astype(dtype)), kv=dkv, operands=operands)
 
     def _repeats(self, inputs: Inputs) -> int:
@@ -99,14 +102,15 @@ class _Exchange:
         num_kv_heads = jax.tree.leaves(inputs.kv)[0].shape[1]
         return math.lcm(num_kv_heads, self.size) // num_kv_heads
 
-    def _logits(self, x: Array) -> Array:
-        """A bias or mask by heads, `#B #N #T #S_all`."""
-        _, num_heads, q_length, _ = x.shape
-        if num_heads > 1 and q_length > 1:
+    def _logits(self, x: Array, q_length: int) -> Array:
+        """A bias or mask by heads, `#B #N #T #S_all`, of a rank that has `q_length` queries."""
+        # That may be one: then an axis of 1 is split, or broadcast and none the worse for it.
+        by_head, by_query = x.shape[1] > 1, x.shape[2] == q_length
+        if by_head and by_query:
             return lax.all_to_all(x, self.axis_names, split_axis=1, concat_axis=2, tiled=True)
-        if num_heads > 1:
+        if by_head:
             return self._own_heads(x, 1)
-        if q_length > 1:
+        if by_query:
             return lax.all_gather(x, self.axis_names, axis=2, tiled=True)
         return x
 

@@ -98,6 +98,14 @@ def test_queries_with_an_array_of_their_rows_stay_at_home(rng, way, arrays) -> N
     check(rng, Case(ring_size=4, B=1, T=8, S=32, N=4, K=4, H=4, Hv=4, causal=False, **arrays, **WAYS[way]))
 
 
+@pytest.mark.parametrize("way", ["ring", "ring_q", "ring_q-both-ways", "all_gather", "ulysses", "usp"])
+@pytest.mark.parametrize("arrays", [{"bias": "NTS", "mask": "TS"}, {"bias": "T", "mask": "T"}])
+@pytest.mark.parametrize("T", [4, 3])
+def test_arrays_of_one_query_a_rank_are_split_although_each_has_an_axis_of_one(rng, way, arrays, T) -> None:
+    extra = WAYS.get(way, {"strategy": "usp", "inner": 2})
+    check(rng, Case(ring_size=4, B=1, T=T, S=8, N=4, K=4, H=4, Hv=4, causal=False, **arrays, **extra))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_positions_and_lengths_as_data(rng, way) -> None:
     case = {"ring_size": 4, "B": 2, "T": 16, "N": 4, "K": 4, "positions": "rows", "lengths": True}
