@@ -2,6 +2,7 @@
 
 import math
 import operator
+import reprlib
 from typing import Literal
 
 import jax
@@ -25,6 +26,7 @@ __all__ = [
     "check_arrays",
     "check_implementation",
     "check_length",
+    "check_mesh",
     "check_split",
     "padded_length_of",
     "rule_and_operands",
@@ -97,6 +99,8 @@ def _python_number(name: str, value: float) -> float:
             f"{name} is {value}, which is traced: it must be a Python number, for it is part of the compiled "
             f"program.{hint}"
         )
+    if np.ndim(value):
+        raise ValueError(f"{name} is an array of shape {np.shape(value)}; it must be one number.")
     return float(value)
 
 
@@ -114,13 +118,14 @@ def _split_mask(mask: MaskLike | None, logits: tuple[int, ...]) -> tuple[Mask, j
             )
         case (Mask() as spec, array):
             return spec, None if array is None else _logits_array("mask", array, logits)
-        case jax.Array() | np.ndarray():
-            return Full(), _logits_array("mask", mask, logits)
-        case _:
-            raise ValueError(
-                f"ring_attention(mask={mask!r}): pass a mask spec such as ringjax.Causal(), a boolean array, "
-                f"or a pair of both."
-            )
+    try:
+        array = jnp.asarray(mask)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"ring_attention(mask={reprlib.repr(mask)}): pass a mask spec such as ringjax.Causal(), a "
+            f"boolean array, or a pair of both."
+        ) from None
+    return Full(), _logits_array("mask", array, logits)
 
 
 def _window(size: int | tuple[int, int]) -> Mask:
@@ -150,10 +155,10 @@ def _logits_array(name: str, value: ArrayLike, logits: tuple[int, ...]) -> jax.A
             f"mask has dtype {array.dtype}; it must be boolean, True where the query attends to the key. An "
             f"additive mask goes into bias."
         )
+    if name == "bias" and jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(jnp.float32)
     if name == "bias" and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(
-            f"bias has dtype {array.dtype}; it must be floating. A boolean array goes into mask."
-        )
+        raise ValueError(f"bias has dtype {array.dtype}; it must be real. A boolean array goes into mask.")
     return array
 
 
@@ -212,17 +217,25 @@ def _pair(name: str, value: PerSide | None) -> tuple:
 
 def _token_array(name: str, value: ArrayLike, batch: int, length: int) -> jax.Array:
     """As int32 `B T`, or `1 T` where all rows of the batch share it."""
-    array = jnp.asarray(value)
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} have dtype {array.dtype}; they must be integers.")
     if array.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} have shape {array.shape}; they must be ({batch}, {length}) or ({length},).")
-    if isinstance(value, np.ndarray) and (value != value.astype(np.int32)).any():
+    known = None if np.can_cast(array.dtype, np.int32) else _known(array)
+    if known is not None and (known != known.astype(np.int32)).any():
         raise ValueError(
-            f"{name} reach from {value.min()} to {value.max()}; they must fit into int32. Number documents "
+            f"{name} reach from {known.min()} to {known.max()}; they must fit into int32. Number documents "
             f"anew with np.unique(..., return_inverse=True)."
         )
-    return array.reshape(-1, length).astype(jnp.int32)
+    return jnp.asarray(array.astype(np.int32)).reshape(-1, length)
+
+
+def _known(array: jax.Array | np.ndarray) -> np.ndarray | None:
+    """What stands in it, if this process can tell while it traces."""
+    if isinstance(array, Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return None
+    return np.asarray(array)
 
 
 def _length_array(name: str, value: ArrayLike, batch: int) -> jax.Array:
@@ -254,6 +267,22 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise ValueError(
             f"query, key and value are {q.dtype}: they must be float32, bfloat16, float16 or float64."
+        )
+
+
+def check_mesh(mesh: Mesh | AbstractMesh, ring: Ring, arrays: tuple[jax.Array, ...]) -> None:
+    """Raises where `shard_map` could not split the arrays over the mesh."""
+    around = jax.sharding.get_abstract_mesh()
+    split = {*ring.axis_names, *ring.batch_axes, *ring.head_axes}
+    if manual := sorted(split & set(around.manual_axes)):
+        raise ValueError(
+            f"ring_attention was called inside a shard_map over mesh axes {manual}, over which it splits "
+            f"arrays itself. Call ring_attention_local there, or ring_attention outside."
+        )
+    if around.empty and isinstance(mesh, AbstractMesh) and not any(isinstance(x, Tracer) for x in arrays):
+        raise ValueError(
+            f"mesh={mesh} is abstract: nothing can be computed on it. Pass one of devices, such as that of "
+            f"jax.make_mesh(...)."
         )
 
 

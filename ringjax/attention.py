@@ -22,6 +22,7 @@ from .arguments import (
     check_implementation,
     check_latents,
     check_length,
+    check_mesh,
     check_split,
     padded_length_of,
     rule_and_operands,
@@ -101,11 +102,13 @@ def ring_attention(
     Logits are scaled, then biased, then capped, then masked.
 
     Args:
-        query: `B T N H`, or `T N H`; float32, bfloat16 or float16 (float64 where x64 is on).
+        query: `B T N H`, or `T N H` for a batch of one; float32, bfloat16 or float16 (float64 where x64 is
+            on).
         key: `B S K H`, in the query's dtype; K divides N (GQA, MQA).
         value: `B S K Hv`.
         bias: added to the logits: an array `B N T S`, any axis of which may be 1, or a `BiasFn`, which needs
-            no such array. Gradients reach both. Each device holds the rows of its own queries.
+            no such array. Gradients reach both. Each device holds the rows of its own queries. Where it is
+            -1e8 or less it hides the key, as -inf does.
         mask: a mask spec such as `ringjax.Causal()`, or a boolean array `B N T S`, any axis of which may be
             1; True where the query attends to the key; or a pair of both. A spec skips work and takes no
             memory.
@@ -153,8 +156,8 @@ def ring_attention(
     """
     check_implementation(implementation)
     arrays = [jnp.asarray(x) for x in (query, key, value)]
-    batched = arrays[0].ndim == 4
-    q, k, v = arrays if batched else (x[None] for x in arrays)
+    alone = all(x.ndim == 3 or x.shape[:1] == (1,) for x in arrays)
+    q, k, v = (x[None] if alone and x.ndim == 3 else x for x in arrays)
     check_arrays(q, k, v)
     out, lse = _over_mesh(
         q, k, v, None, make_payload(ring.payload, q.shape[3]), bias, mask, segment_ids, positions,
@@ -162,7 +165,7 @@ def ring_attention(
         local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, sinks=sinks,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, broadcast_dropout=broadcast_dropout,
     )  # fmt: skip
-    if not batched:
+    if arrays[0].ndim == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
 
@@ -255,6 +258,7 @@ def _over_mesh(
     """Output and log-sum-exp of whole arrays; `k` and `v` are what the payload takes."""
     mesh = resolve_mesh(mesh)
     ring_size = ring.size(mesh)
+    check_mesh(mesh, ring, (q, k, v))
     num_kv_heads, value_size, latent = k.shape[2], v.shape[3], None
     if constants is not None:
         latent = k.shape[3], v.shape[3]
@@ -352,7 +356,7 @@ def _specs(tensors: _Tensors, ring: Ring) -> _Tensors:
 
     operands = tensors.operands
     specs: Any = Operands  # of the same form
-    kv = ring.spec if tensors.constants is None else P(batch, axis_name)  # latents have no heads
+    kv = ring.spec if tensors.constants is None else P(batch, axis_name, None, None)  # latents have no heads
     return _Tensors(
         ring.spec,
         kv,

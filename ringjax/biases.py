@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["BiasFn", "alibi"]
+__all__ = ["BiasFn", "alibi", "with_hidden_keys"]
+
+# Numbers of float32 are 8 apart down there: whoever puts a logit so low wants to hide the key.
+HIDDEN = -1e8
 
 
 @jax.tree_util.register_dataclass
@@ -69,3 +72,12 @@ def _linear(slopes: jax.Array, head: jax.Array, q_position: jax.Array, kv_positi
     slope = jnp.take(slopes, head)
     shape = jnp.broadcast_shapes(slope.shape, distance.shape)
     return -jnp.broadcast_to(slope, shape) * jnp.broadcast_to(distance, shape).astype(slope.dtype)
+
+
+def with_hidden_keys(bias: jax.Array) -> jax.Array:
+    """A bias of float32 or float64, -inf where it is low enough to be the additive form of a mask.
+
+    In a row where every key has -1e9, the sum of weights would be lost in the log-sum-exp, and with it what
+    the other shards and the gradients are scaled by. Such a row has met no key.
+    """
+    return jnp.where(bias <= HIDDEN, jnp.full_like(bias, -jnp.inf), bias)

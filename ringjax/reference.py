@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from .arguments import MaskLike, PerSide, check_arrays, rule_and_operands, tokens_of_both
-from .biases import BiasFn
+from .biases import BiasFn, with_hidden_keys
 from .dropout import Place, keep
 from .kernels.base import accumulator_dtype
 from .masks import Tokens, attends
@@ -77,7 +77,7 @@ def reference_attention(
         at = (jnp.maximum(x, 0) for x in (place.q_position, place.kv_position))
         added = rule.bias_fn(operands.bias_parameters, place.head, *at)
     if added is not None:
-        logits += jnp.broadcast_to(added, logits.shape).astype(dtype)
+        logits += with_hidden_keys(jnp.broadcast_to(added, logits.shape).astype(dtype))
     if rule.soft_cap is not None:
         logits = rule.soft_cap * jnp.tanh(logits / rule.soft_cap)
     allowed = jnp.broadcast_to(attends(rule.mask, q_tokens, kv_tokens)[:, None], logits.shape)

@@ -297,8 +297,8 @@ def shard_sequence(
         mesh: the mesh; None means the ambient one.
         ring: how to distribute.
         axis: the sequence axis; axis 0 of the others, if before it, is taken as the batch.
-        pad_value: what fills the padding. `Ring.positions` gives -1 there: pass these positions on, or
-            give the padding no loss, and it changes nothing.
+        pad_value: what fills the padding. So that no token attends to it, pass `Ring.positions` on, which
+            are -1 there, or `key_value_seq_lengths`; under a causal mask, giving it no loss is enough.
 
     Returns:
         The same structure, each leaf in layout order and sharded over the ring.

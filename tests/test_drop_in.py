@@ -1,11 +1,14 @@
 """The arguments of `jax.nn.dot_product_attention` give what it gives."""
 
+import functools as ft
+
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ringjax
 from ringjax import ring_attention
 
 
@@ -92,6 +95,58 @@ def test_three_dimensional_arrays_take_bias_and_mask(rng, mesh) -> None:
     mask = jnp.asarray(rng.random((17, 20)) < 0.7).at[:, 0].set(True)
     out = ring_attention(q, k, v, bias, mask, mesh=mesh(2))
     helpers.assert_close(out, jax_nn(q, k, v, bias, mask), "float32")
+
+
+def test_arrays_with_and_without_a_batch_of_one_go_together(rng, mesh) -> None:
+    q, k, v = helpers.random_qkv(rng, B=1, T=17, S=20, K=2)
+    whole = ring_attention(q, k, v, mesh=mesh(2))
+    np.testing.assert_array_equal(ring_attention(q[0], k, v, mesh=mesh(2)), whole[0])
+    np.testing.assert_array_equal(ring_attention(q, k[0], v[0], mesh=mesh(2)), whole)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"mask": [[True, False] * 6]}, {"mask": True}, {"mask": np.True_}, {"bias": np.arange(12)},
+        {"bias": [[0.5] * 12]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whatever_makes_an_array_is_a_mask_or_bias(rng, mesh, kwargs) -> None:
+    arrays = helpers.random_qkv(rng, T=12)
+    asarrays = {name: jnp.asarray(x) for name, x in kwargs.items()}
+    helpers.assert_close(
+        ring_attention(*arrays, mesh=mesh(2), **kwargs), jax_nn(*arrays, **asarrays), "float32"
+    )
+
+
+def _lowered(low, head, i, j):
+    return jnp.where((i % 4 != 3) & (j < 11), 0.0, low)
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", pytest.param("pallas", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ring_size", [1, 4])
+@pytest.mark.parametrize("low", [-1e9, np.finfo(np.float32).min], ids=["-1e9", "finfo.min"])
+@pytest.mark.parametrize("as_function", [False, True])
+def test_an_additive_mask_is_the_boolean_one(rng, mesh, kernel, ring_size, low, as_function) -> None:
+    """Rows of nothing but such numbers too, where a sum of weights is nothing beside the log-sum-exp."""
+    arrays = helpers.random_qkv(rng, T=16)
+    attend = ft.partial(
+        ring_attention, mesh=mesh(ring_size), ring=ringjax.Ring(kernel=kernel), return_residual=True
+    )
+    mask = jnp.asarray(rng.random((16, 16)) < 0.6).at[3].set(False).at[5].set(True)
+    if as_function:
+        mask = (jnp.arange(16) % 4 != 3)[:, None] & (jnp.arange(16) < 11)[None]
+        bias = ringjax.BiasFn(_lowered, jnp.float32(low))
+    else:
+        bias = jnp.where(mask, 0.0, low)
+    out, pull = jax.vjp(lambda *x: attend(*x, bias), *arrays)
+    wanted, wanted_pull = jax.vjp(lambda *x: attend(*x, mask=mask), *arrays)
+    assert not np.asarray(out[0])[:, 3].any()
+    assert np.isneginf(np.asarray(out[1])[:, 3]).all()
+    cotangents = jax.tree.map(jnp.ones_like, out)
+    for got, want in zip((*out, *pull(cotangents)), (*wanted, *wanted_pull(cotangents)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize("one", [lambda x: x, np.int64, lambda x: (x, x), lambda x: [x, x]])

@@ -27,7 +27,7 @@ def with_(arrays, index, value):
 
 REFUSED = {
     "rank": (with_(qkv(), 1, jnp.zeros((16, 4, 8))), {}, r"key \(16, 4, 8\).*must be B T N H"),
-    "rank of all": ((jnp.zeros((4, 8)),) * 3, {}, r"query \(1, 4, 8\).*must be B T N H"),
+    "rank of all": ((jnp.zeros((4, 8)),) * 3, {}, r"query \(4, 8\).*must be B T N H"),
     "batch": (with_(qkv(), 0, jnp.zeros((3, 16, 4, 8))), {}, "batch sizes must agree"),
     "key length": (with_(qkv(), 2, jnp.zeros((2, 15, 4, 8))), {}, "lengths and heads of key and v"),
     "value heads": (with_(qkv(), 2, jnp.zeros((2, 16, 2, 8))), {}, "lengths and heads of key and"),
@@ -68,6 +68,13 @@ REFUSED = {
         {"segment_ids": np.array([0] * 8 + [2**32] * 8)},
         r"query segment_ids reach from 0 to 4294967296; they must fit into int32",
     ),
+    "large segments as numbers": (
+        qkv(), {"segment_ids": [0] * 8 + [2**32] * 8}, "query segment_ids reach from 0 to 4294967296; they",
+    ),
+    "large positions of an array of JAX": (
+        qkv(), {"positions": jnp.arange(16, dtype=jnp.uint32) + jnp.uint32(2**31 - 8)},
+        "query positions reach from 2147483640 to 2147483655; they must fit into int32",
+    ),
     "short positions": (
         qkv(T=8), {"positions": np.zeros(8, int)},
         r"key positions have shape \(8,\); they must be \(2, 16\) or \(16,\)",
@@ -95,6 +102,8 @@ REFUSED = {
         qkv(), {"mask": Causal}, r"mask=Causal\): this is a class; .* ringjax\.Causal\(\), with paren",
     ),
     "name as mask": (qkv(), {"mask": "causal"}, r"mask='causal'\): pass a mask spec such as"),
+    "function as mask": (qkv(), {"mask": len}, r"mask=<built-in .*>\): pass a mask spec such as"),
+    "scales": (qkv(), {"scale": np.ones(1)}, r"scale is an array of shape \(1,\); it must be one number"),
     "function as bias": (
         (*qkv(), lambda parameters, head, i, j: i - j), {},
         r"bias=<lambda>\): a bias is an array or a BiasFn\. Wrap a function .* ringjax\.BiasFn\(fn, param",
@@ -111,7 +120,7 @@ REFUSED = {
     "rank of bias": ((*qkv(), np.zeros((1,) * 5, np.float32)), {}, r"bias has shape \(1, 1, 1, 1, 1\); it"),
     "dtype of bias": (
         (*qkv(), np.ones((16, 16), bool)), {},
-        "bias has dtype bool; it must be floating. A boolean array goes into mask",
+        "bias has dtype bool; it must be real. A boolean array goes into mask",
     ),
     "shape of mask": (
         qkv(S=20), {"mask": np.ones((2, 1, 20, 16), bool)},
@@ -184,6 +193,22 @@ def test_mesh_must_be_there_and_fit(mesh) -> None:
         attend(*qkv(N=3, K=3), ring=Ring(head_axes="model"))
     with pytest.raises(ValueError, match=r"number of key heads 1 .* \('model',\) of size 2"):
         attend(*qkv(K=1), ring=Ring(head_axes="model"))
+
+
+def test_a_mesh_without_devices_is_refused_for_arrays(mesh) -> None:
+    attend = ft.partial(ring_attention, mesh=mesh(2).abstract_mesh)
+    with pytest.raises(ValueError, match="is abstract: .* Pass one of devices"):
+        attend(*qkv())
+    assert jax.eval_shape(attend, *qkv()).shape == (2, 16, 4, 8)
+
+
+@pytest.mark.parametrize("axes", [{"ring": 2}, {"data": 2, "ring": 2}])
+def test_a_call_inside_a_shard_map_is_told_the_function_for_it(axes) -> None:
+    devices, spec = grid(**axes), P(None, "ring")
+    attend = ft.partial(ring_attention, mesh=None)
+    message = r"inside a shard_map over mesh axes \['ring'\].* Call ring_attention_local"
+    with jax.set_mesh(devices), pytest.raises(ValueError, match=message):
+        shard_mapped(attend, devices, (spec,) * 3, spec)(*qkv())
 
 
 def test_what_is_missing_says_so(mesh) -> None:

@@ -17,6 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ..biases import with_hidden_keys
 from ..dropout import Place, keep
 from ..masks import Tokens, attends
 from ..partials import Partial
@@ -261,7 +262,7 @@ class _Grid:
             biases.append(self._operand(self.operands.bias, at, kv_at))
         if self.rule.bias_fn is not None:
             biases.append(self._bias_fn(self.operands.bias_parameters, at, kv_at))
-        return [self._as_rows(bias.astype(self.dtype)) for bias in biases]
+        return [self._as_rows(with_hidden_keys(bias.astype(self.dtype))) for bias in biases]
 
     def _bias_fn(self, parameters, at: _Row, kv_at: _KVBlock) -> jax.Array:
         """Of parameters in the accumulators' dtype, so that their gradient is too."""

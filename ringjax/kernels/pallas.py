@@ -27,6 +27,7 @@ from jax.experimental.pallas import triton as triton_backend
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ..biases import with_hidden_keys
 from ..dropout import Place, keep
 from ..masks import EMPTY, PARTIAL, Tokens, attends_pairwise
 from ..partials import Partial
@@ -559,10 +560,10 @@ class _Meeting:
         if not self.bare:
             logits *= jnp.float32(self.scale)
         if refs.bias is not None:
-            logits += self._operand(refs.bias, refs, at, keys_first).astype(jnp.float32)
+            logits += with_hidden_keys(self._operand(refs.bias, refs, at, keys_first).astype(jnp.float32))
         if self.splits:
             bias = self.splits[keys_first].bias(*self._bias_arguments(refs, at, keys_first))
-            logits += bias
+            logits += with_hidden_keys(bias)
         if (cap := self.rule.soft_cap) is not None:
             bent = jnp.tanh(logits / jnp.float32(cap))
             logits, slope = jnp.float32(cap) * bent, jnp.float32(1) - bent * bent

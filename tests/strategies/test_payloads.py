@@ -169,6 +169,23 @@ def test_latents_travel_and_gradients_reach_the_expansions(rng, strategy: Any, s
         np.testing.assert_allclose(x, y, atol=2e-5 * float(jnp.abs(y).max()))
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ring_q", "all_gather", "double_ring"])
+def test_latents_of_any_length(rng, strategy: Any) -> None:
+    axes = ("a", "b") if strategy == "double_ring" else "ring"
+    mesh = grid(a=2, b=2) if strategy == "double_ring" else grid(ring=4)
+    arrays = latents(rng)
+    arrays |= {"query": arrays["query"][:, :5]} | {x: arrays[x][:, :7] for x in ("latent", "rotary_key")}
+    attend = lambda x: ringjax.latent_attention(
+        **x, return_residual=True, mesh=mesh, ring=Ring(axes, strategy=strategy)
+    )
+    out, pull = jax.vjp(attend, arrays)
+    wanted, wanted_pull = jax.vjp(lambda x: expanded(**x), arrays)
+    cotangents = jax.tree.map(jnp.ones_like, out)
+    got, wanted = (out, pull(cotangents)), (wanted, wanted_pull(cotangents))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5 * float(jnp.abs(y).max()))
+
+
 @pytest.mark.parametrize("strategy", ["ring", "ring_q", "all_gather"])
 def test_latents_in_bfloat16(rng, strategy: Any) -> None:
     """Within what rounding the expanded keys and values costs, and where promotion is strict."""
