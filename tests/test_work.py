@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringjax import BlockSizes, Causal, ChunkedLocal, MaskFn, Ring, SlidingWindow, ring_attention
+from ringjax import BlockSizes, Causal, ChunkedLocal, MaskFn, PrefixLM, Ring, SlidingWindow, ring_attention
 from ringjax.kernels import base
 from ringjax.layouts import LAYOUTS
 from ringjax.strategies import base as strategies
@@ -99,6 +99,8 @@ WORK = {
     "window": SlidingWindow(5),
     "both sides": SlidingWindow(9, 4),
     "chunks": Causal() & ChunkedLocal(7),
+    "whole chunks": ChunkedLocal(7),
+    "prefix": PrefixLM(5),
     "function": MaskFn(cases.scattered),
     "sparse function": MaskFn(lambda i, j: (i * 7 + j * 3) % 41 == 0),
     "and": Causal() & SlidingWindow(11) & MaskFn(lambda i, j: (j // 4) % 3 == 0),

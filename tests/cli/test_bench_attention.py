@@ -4,12 +4,14 @@ import dataclasses
 import importlib.util
 import json
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import assert_close, causal_mask, oracle, oracle_grads, window_mask
+from rich.progress import Progress
 
 from ringjax.cli import main
 from ringjax.cli.bench import attention, attention_contenders
@@ -20,6 +22,7 @@ from ringjax.cli.bench.attention_contenders import (
     _those_that_run,
     _torch_backends,
 )
+from ringjax.cli.bench.contest import take_turns
 from ringjax.cli.bench.machine import Machine, look
 from ringjax.cli.bench.problem import Problem
 from ringjax.cli.errors import CommandError
@@ -160,6 +163,29 @@ def test_memory_of_a_gpu_is_shared_by_those_with_matrices_and_cudnn_has_none():
     single = dataclasses.replace(large, dtype="float32")
     assert attention._choose_peers(["jax", "gspmd"], single, ["forward"], int(16e9))[0] == []
     assert attention._choose_peers(["jax", "gspmd"], single, ["forward"], int(18e9))[0] == ["jax", "gspmd"]
+
+
+def test_contenders_take_turns_and_medians_are_shown():
+    calls: list[str] = []
+
+    def turn(worker):
+        calls.append(worker.name)
+        seconds = [0, 5.0, 1.0, 2.0][(len(calls) - 1) // 2] * (4 if worker.name == "jax" else 1)
+        return {"forward": seconds, "rates": [1e9, 3e9]}
+
+    workers: Any = [types.SimpleNamespace(name=name) for name in ("ringjax", "jax")]
+    results = take_turns(workers, turn, repeats=3, warm_up=True, progress=Progress(disable=True))
+    assert calls == ["ringjax", "jax"] * 4
+    prepared = {worker.name: {"label": None, "version": "1", "notes": {"forward": ""}} for worker in workers}
+    report = attention._report(PROBLEM, ["forward"], results, prepared)["measured"]
+    ours, theirs = (report[worker.name]["forward"] for worker in workers)
+    assert [ours[key] for key in ("seconds", "fastest", "slowest")] == [2.0, 1.0, 5.0]
+    assert (theirs["seconds"], theirs["ringjax_speedup"]) == (8.0, 4.0)
+    assert ours["share_of_bound"] == PROBLEM.flop("forward") / 2e9 / 2.0
+
+
+def test_errors_are_held_to_what_the_dtype_can() -> None:
+    assert attention.LIMITS == {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 def test_what_is_long_depends_on_the_processor():
