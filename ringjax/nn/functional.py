@@ -84,8 +84,15 @@ def attention_fn(
                 "attention_fn: sow_weights=True asks for the attention weights, which a ring never "
                 "materialises. Call the module with sow_weights=False."
             )
-        if dtype is not None:
-            query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+        if query.shape[-3] == 1 < key.shape[-3] and (spec != Full() or position_bias is not None):
+            # Flax's cache calls with a mask up to the token, but does not say which that is.
+            raise NotImplementedError(
+                f"attention_fn: one query meets {key.shape[-3]} keys, as when Flax decodes, and nothing says "
+                f"where it stands, which the mask spec or BiasFn given to attention_fn() has to know. Decode "
+                f"with an attention_fn() without them, or with RingAttention."
+            )
         batch_shape = query.shape[:-3]
         q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         mask, bias = (None if x is None else _one_batch_axis(x, batch_shape) for x in (mask, bias))

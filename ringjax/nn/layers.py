@@ -18,7 +18,7 @@ from ..partials import Partial
 from ..ring import Ring, place, reshard
 from .rotary import Rotary
 
-__all__ = ["attend_and_append", "empty_cache", "refuse", "resolve_heads"]
+__all__ = ["attend_and_append", "empty_cache", "next_positions", "refuse", "resolve_heads"]
 
 
 def empty_cache(
@@ -124,6 +124,17 @@ def resolve_heads(
             f"rotary has {len(rotary.frequencies)} frequencies; head_size={head_size} needs {head_size // 2}."
         )
     return num_kv_heads or num_heads, head_size
+
+
+def next_positions(positions: Int[Array, "#1 T"], length: int) -> Int[Array, "T"]:
+    """Of the tokens that a cache takes next: those of all rows of the batch alike."""
+    positions = jnp.asarray(positions, jnp.int32)
+    if positions.shape not in ((length,), (1, length)):
+        raise ValueError(
+            f"RingAttention(decode=True): positions have shape {positions.shape}; all rows of the batch are "
+            f"alike in the cache, so they must be ({length},) or (1, {length}). Pad rows at their end."
+        )
+    return positions.reshape(length)
 
 
 def refuse(where: str, **given: object) -> None:

@@ -13,7 +13,7 @@ from ..cache import KVCache
 from ..masks import Causal, Mask
 from ..ring import Ring, resolve_mesh
 from .functional import attention_fn as attention_fn
-from .layers import attend_and_append, empty_cache, refuse, resolve_heads
+from .layers import attend_and_append, empty_cache, next_positions, refuse, resolve_heads
 from .rotary import Rotary
 
 __all__ = ["RingAttention", "attention_fn"]
@@ -92,8 +92,8 @@ class RingAttention(nn.Module):
 
         Args:
             x: `B T D`, in layout order; when decoding, the next tokens in natural order.
-            positions: global positions, `T` or `B T`, -1 in the padding; None means the layout's own, or,
-                when decoding, the ones that follow.
+            positions: global positions, `T` or `B T` (when decoding `T`), -1 in the padding; None means the
+                layout's own, or, when decoding, the ones that follow.
             segment_ids: documents packed into the sequence.
             mask: a boolean array beside the mask spec, in layout order.
             bias: a bias array in layout order, or a function, instead of the layer's own.
@@ -107,13 +107,18 @@ class RingAttention(nn.Module):
         mesh = resolve_mesh(self.mesh)
         given, cache, next_position = positions, None, None
         if decode:
-            refuse("decode=True", mask=mask, bias=bias, segment_ids=segment_ids)
+            dropping = self.dropout_rate > 0 and False in (self.deterministic, deterministic)
+            refuse(
+                "decode=True", mask=mask, bias=bias, segment_ids=segment_ids,
+                dropout=True if dropping else None,
+            )  # fmt: skip
             made = self.has_variable("cache", "keys")
             variables = self._cache(batch_size, length, num_kv_heads, head_size, mesh)
             if made:
                 cache, next_position = variables
                 if positions is None:
                     positions = next_position.value + jnp.arange(length, dtype=jnp.int32)
+                positions = next_positions(positions, length)
         if positions is None and self.rotary is not None:
             positions = jnp.asarray(self.ring.positions(length, self.ring.size(mesh))[:length])
         if positions is not None:

@@ -15,7 +15,7 @@ from ..biases import BiasFn
 from ..cache import KVCache
 from ..masks import Causal, Mask
 from ..ring import Ring, resolve_mesh
-from .layers import attend_and_append, empty_cache, refuse, resolve_heads
+from .layers import attend_and_append, empty_cache, next_positions, refuse, resolve_heads
 from .rotary import Rotary
 
 __all__ = ["RingAttention"]
@@ -147,8 +147,8 @@ class RingAttention(nnx.Module):
 
         Args:
             x: `B T D`, in layout order; when decoding, the next tokens in natural order.
-            positions: global positions, `T` or `B T`, -1 in the padding; None means the layout's own, or,
-                when decoding, the ones that follow.
+            positions: global positions, `T` or `B T` (when decoding `T`), -1 in the padding; None means the
+                layout's own, or, when decoding, the ones that follow.
             segment_ids: documents packed into the sequence.
             mask: a boolean array beside the mask spec, in layout order.
             bias: a bias array in layout order, or a function, instead of the layer's own.
@@ -157,12 +157,17 @@ class RingAttention(nnx.Module):
             attend: takes q, k and v instead of `ring_attention`, for use inside the caller's `shard_map`.
             decode: whether to use the cache; call `init_cache` first.
         """
-        if attend is not None:
-            bias = self.bias if bias is None else bias
-            refuse("attend", mask=mask, bias=bias, logits_soft_cap=self.logits_soft_cap, sinks=self.sinks)
+        dropping = True if self._is_dropping(deterministic, decode=decode) else None
         if decode:
-            refuse("decode=True", mask=mask, bias=bias, segment_ids=segment_ids)
+            refuse(
+                "decode=True", mask=mask, bias=bias, segment_ids=segment_ids, attend=attend, dropout=dropping
+            )
             return self._decode(x, positions)
+        if attend is not None:
+            refuse(
+                "attend", mask=mask, bias=self.bias if bias is None else bias, segment_ids=segment_ids,
+                logits_soft_cap=self.logits_soft_cap, sinks=self.sinks, dropout=dropping,
+            )  # fmt: skip
         given = positions
         if positions is None and self.rotary is not None:
             ring_size = self.ring.size(resolve_mesh(self.mesh))
@@ -171,7 +176,7 @@ class RingAttention(nnx.Module):
             positions = positions.reshape(-1, x.shape[1])
         q, k, v = self.project(x, positions)
         if attend is None:
-            dropout_rng = self._dropout_rng(deterministic, rngs)
+            dropout_rng = self._dropout_rng(rngs) if dropping else None
             out = ring_attention(
                 q, k, v, self.bias if bias is None else bias, (self.mask, mask), segment_ids=segment_ids,
                 positions=given, logits_soft_cap=self.logits_soft_cap,
@@ -183,18 +188,17 @@ class RingAttention(nnx.Module):
             out = attend(q, k, v)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
-    def _dropout_rng(self, deterministic: bool | None, rngs: nnx.Rngs | None) -> jax.Array | None:
-        """A key if weights are to be dropped."""
-        if self.dropout_rate == 0:
-            return None
+    def _is_dropping(self, deterministic: bool | None, *, decode: bool) -> bool:
+        """Whether weights are to be dropped; when decoding, not unless somebody said so."""
         deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic is None:
+        if self.dropout_rate > 0 and deterministic is None and not decode:
             raise ValueError(
                 f"RingAttention: dropout_rate is {self.dropout_rate}; say in the call or the constructor "
                 f"whether deterministic is True (evaluation) or False (training)."
             )
-        if deterministic:
-            return None
+        return self.dropout_rate > 0 and deterministic is False
+
+    def _dropout_rng(self, rngs: nnx.Rngs | None) -> jax.Array:
         stream = self.rngs if rngs is None else rngs.dropout
         assert stream is not None
         return stream()
@@ -213,7 +217,7 @@ class RingAttention(nnx.Module):
             raise ValueError("RingAttention(decode=True): there is no cache yet; call init_cache() first.")
         if positions is None:
             positions = self.next_position[...] + jnp.arange(x.shape[1], dtype=jnp.int32)
-        positions = jnp.asarray(positions, jnp.int32).reshape(x.shape[1])
+        positions = next_positions(positions, x.shape[1])
         q, k, v = self.project(x, positions[None])
         out, cache = attend_and_append(
             q, k, v, KVCache._make(variable[...] for variable in self.cache), positions,

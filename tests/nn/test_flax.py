@@ -100,6 +100,48 @@ def test_dtype_of_the_module_holds(mesh: MakeMesh, x: jax.Array) -> None:
     assert error < 2e-2  # the projections round too
 
 
+def test_dtype_of_the_call_is_that_of_the_attention(mesh: MakeMesh, rng: np.random.Generator) -> None:
+    attend, qkv = attention_fn(mesh=mesh(1)), helpers.random_qkv(rng, T=T)
+    out = attend(*qkv, dtype=jnp.bfloat16)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, attend(*(x.astype(jnp.bfloat16) for x in qkv)))
+
+
+def test_dtypes_that_differ_are_promoted_as_flax_does(mesh: MakeMesh, rng: np.random.Generator) -> None:
+    q, k, v = helpers.random_qkv(rng, T=12, N=4, K=4)
+    q = q.astype(jnp.bfloat16)
+    out = attention_fn(mesh=mesh(2))(q, k, v)
+    assert out.dtype == jnp.float32
+    helpers.assert_close(out, flax.linen.dot_product_attention(q, k, v), "float32")
+
+
+@pytest.mark.parametrize("flavour", ["nnx", "linen"])
+def test_decoding_is_flaxs_own_and_refuses_what_needs_the_querys_position(
+    flavour: str, mesh: MakeMesh, x: jax.Array
+) -> None:
+    x = x[:, :4]
+
+    def decode(**options: Any) -> jax.Array:
+        if flavour == "nnx":
+            layer = nnx.MultiHeadAttention(
+                num_heads=N, in_features=D, decode=True, rngs=nnx.Rngs(0), **options
+            )
+            layer.init_cache(x.shape)
+            return jnp.concatenate([layer(x[:, i : i + 1]) for i in range(4)], axis=1)
+        module = flax.linen.MultiHeadDotProductAttention(num_heads=N, decode=True, **options)
+        variables, rows = module.init(jax.random.key(0), x), []
+        for i in range(4):
+            row, made = module.apply(variables, x[:, i : i + 1], mutable=["cache"])
+            variables, rows = {**variables, **made}, [*rows, row]
+        return jnp.concatenate(rows, axis=1)
+
+    attend = lambda **options: attention_fn(mesh=mesh(2), **options)
+    helpers.assert_close(decode(attention_fn=attend()), decode(), "float32")
+    for options in ({"mask": Causal()}, {"bias": ringjax.alibi(N)}):
+        with pytest.raises(NotImplementedError, match="one query meets 4 keys, as when Flax decodes"):
+            decode(attention_fn=attend(**options))
+
+
 def test_mask_array_and_its_gradients_are_flaxs_own(mesh: MakeMesh, x: jax.Array, rng) -> None:
     mask = jnp.asarray(rng.random((2, N, T, T)) < 0.5) | jnp.eye(T, dtype=bool)
     own, ours = nnx_module(), nnx_module(attention_fn=attention_fn(mesh=mesh(3)))
@@ -146,6 +188,16 @@ def test_bias_is_flaxs_own(mesh: MakeMesh, rng) -> None:
     helpers.assert_close(attention_fn(mesh=mesh(3))(q, k, v, bias), expected, "float32")
 
 
+def test_bias_with_two_batch_axes_is_flaxs_own(mesh: MakeMesh, rng: np.random.Generator) -> None:
+    q, k, v = (x.reshape(3, 2, *x.shape[1:]) for x in helpers.random_qkv(rng, B=6, T=T))
+    bias = jnp.asarray(rng.standard_normal((3, 2, N, T, T)), jnp.float32)
+    for given in (bias, bias[:, :1], bias[0, 0]):
+        whole = jnp.broadcast_to(given, bias.shape)  # Flax itself takes no batch axis of 1 here
+        expected = nnx.dot_product_attention(q, k, v, whole)
+        out = attention_fn(mesh=mesh(3))(q, k, v, given)
+        helpers.assert_close(out, expected, "float32", name=str(given.shape))
+
+
 def test_position_bias_and_soft_cap_are_the_primitives(mesh: MakeMesh, rng) -> None:
     q, k, v = helpers.random_qkv(rng, T=T)
     ours = attention_fn(bias=ringjax.alibi(N), logits_soft_cap=2.0, mesh=mesh(3))(q, k, v)
@@ -182,13 +234,12 @@ def test_dropout_is_passed_through(mesh: MakeMesh, x: jax.Array, flavour: str, b
 def test_broadcast_dropout_drops_alike_in_heads_and_rows(mesh: MakeMesh) -> None:
     q, k = jnp.zeros((2, T, N, 4)), jnp.zeros((2, T, N, 4))
     v = jnp.broadcast_to(jnp.eye(T)[None, :, None], (2, T, N, T))  # the output is the weights
-    run = lambda broadcast: np.asarray(
-        attention_fn(mesh=mesh(3))(
-            q, k, v, dropout_rate=0.5, dropout_rng=jax.random.key(0), broadcast_dropout=broadcast
-        )
+    run = lambda **options: np.asarray(
+        attention_fn(mesh=mesh(3))(q, k, v, dropout_rate=0.5, dropout_rng=jax.random.key(0), **options)
     )
-    alike, apart = run(True), run(False)
+    alike, apart = run(broadcast_dropout=True), run(broadcast_dropout=False)
     assert (alike == alike[:1, :, :1]).all()
+    np.testing.assert_array_equal(run(), alike, "unless told otherwise, as Flax does")
     assert 0.4 < (apart[0] != apart[1]).mean() < 0.6
     assert 0.4 < (apart[:, :, 0] != apart[:, :, 1]).mean() < 0.6
 

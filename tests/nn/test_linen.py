@@ -63,6 +63,9 @@ def test_is_the_nnx_layer_and_so_are_its_gradients(
         "mask": jnp.asarray(rng.random((2, 1, T, T)) < 0.8),
         "segment_ids": jnp.asarray(np.sort(rng.integers(0, 3, (2, T))), jnp.int32),
     }
+    if name == "everything":
+        positions = np.stack([rng.permutation(T) for _ in range(2)])
+        arrays["positions"] = jnp.asarray(np.where(positions < T - 3, positions, -1), jnp.int32)
     weight = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
 
     @jax.jit
@@ -108,11 +111,40 @@ def test_decoding_is_the_full_pass(name: str, mesh: MakeMesh, x: jax.Array) -> N
     assert np.isnan(late).all(), "there was no slot left"
 
 
-def test_decoding_knows_which_heads_a_device_holds(x: jax.Array) -> None:
-    mesh = grid(ring=3, model=2)
-    ring = Ring(head_axes="model")
+@pytest.mark.parametrize("flavour", ["linen", "nnx"])
+def test_decoding_at_given_positions_passes_over_padding(flavour: str, mesh: MakeMesh, x: jax.Array) -> None:
+    x, steps = x[:, :7], np.array([[1, -1, 0], [-1, 2, 3], [4, 5, 6]])
+    module, parameters, layer = twins(x, mesh(3), **OPTIONS["rotary"])
+    expected, cache = layer(x), module.init(jax.random.key(0), x, decode=True)["cache"]
+    layer.init_cache(2, 7)
+    # Given as `T`, as `1 T`, and left to be the ones that follow.
+    for step, positions in zip(steps, (steps[0], steps[1:2], None), strict=True):
+        positions = None if positions is None else jnp.asarray(positions, jnp.int32)
+        tokens = jnp.where(step[:, None] < 0, 7.0, x[:, step])
+        if flavour == "linen":
+            out, state = module.apply(
+                {"params": parameters, "cache": cache},
+                tokens,
+                positions=positions,
+                decode=True,
+                mutable=["cache"],
+            )
+            cache = state["cache"]
+        else:
+            out = layer(tokens, positions=positions, decode=True)
+        out = np.asarray(out)
+        helpers.assert_close(out[:, step >= 0], expected[:, step[step >= 0]], "float32")
+        assert (out[:, step < 0] == parameters["o_proj"]["bias"]).all(), "padding attends to nothing"
+
+
+def test_decoding_knows_which_heads_and_rows_a_device_holds(x: jax.Array) -> None:
+    mesh = grid(data=2, ring=2, model=2)
+    ring = Ring(batch_axes="data", head_axes="model")
     _, _, layer = twins(x, mesh, ring=ring, bias=ringjax.alibi(N), use_sinks=True)
     layer.init_cache(2, T)
+    for name, whole in zip(("keys", "values"), layer.cache, strict=False):
+        shards = whole[...].addressable_shards
+        assert {shard.data.shape for shard in shards} == {(1, K // 2, T // 2, H)}, name
     out = jnp.concatenate([layer(x[:, t : t + 8], decode=True) for t in range(0, T, 8)], axis=1)
     helpers.assert_close(out, layer(x), "float32")
 
@@ -132,6 +164,20 @@ def test_a_learned_bias_is_given_in_the_call(mesh: MakeMesh, x: jax.Array) -> No
     assert np.abs(np.asarray(dense - layer(x))).max() > 1e-2
 
 
+def test_dtypes_and_initialiser_are_those_asked_for(mesh: MakeMesh, x: jax.Array) -> None:
+    options: dict[str, Any] = {"mesh": mesh(1), "use_bias": True, "param_dtype": jnp.float16}
+    init = lambda key, shape, dtype, *_: jnp.full(shape, 0.25, dtype)
+    module = RingAttention(4, dtype=jnp.bfloat16, kernel_init=init, **options)
+    parameters = module.init(jax.random.key(0), x)["params"]
+    assert module.apply({"params": parameters}, x).dtype == jnp.bfloat16
+    layer = ringjax.nn.RingAttention(4, D, dtype=jnp.bfloat16, kernel_init=init, rngs=nnx.Rngs(0), **options)
+    assert layer(x).dtype == jnp.bfloat16
+    for given in (parameters, nnx.to_pure_dict(nnx.state(layer, nnx.Param))):
+        assert {leaf.dtype for leaf in jax.tree.leaves(given)} == {jnp.dtype(jnp.float16)}
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            assert (given[name]["kernel"] == 0.25).all(), name
+
+
 class TestDropout:
     def test_linen_draws_from_its_stream(self, mesh: MakeMesh, x: jax.Array) -> None:
         module, parameters, _ = twins(x, mesh(3), dropout_rate=0.5, deterministic=True)
@@ -149,6 +195,28 @@ class TestDropout:
         np.testing.assert_array_equal(given(1), given(1))
         assert np.abs(given(1) - given(2)).max() > 1e-2
         np.testing.assert_array_equal(layer(x, deterministic=True), layer(x, deterministic=True))
+
+    def test_nnx_heeds_the_call_before_the_constructor(self, mesh: MakeMesh, x: jax.Array) -> None:
+        options: dict[str, Any] = {"dropout_rate": 0.5, "mesh": mesh(3), "rngs": nnx.Rngs(0)}
+        evaluating = ringjax.nn.RingAttention(4, D, deterministic=True, **options)
+        training = ringjax.nn.RingAttention(4, D, deterministic=False, **options)
+        differs = lambda call: np.abs(call() - call()).max() > 1e-2
+        assert not differs(lambda: evaluating(x))
+        assert differs(lambda: evaluating(x, deterministic=False))
+        assert differs(lambda: training(x))
+        assert not differs(lambda: training(x, deterministic=True))
+
+    @pytest.mark.parametrize("broadcast", [True, False])
+    def test_broadcast_dropout_drops_alike_in_every_row(
+        self, broadcast: bool, mesh: MakeMesh, x: jax.Array
+    ) -> None:
+        x = jnp.broadcast_to(x[:1], x.shape)
+        options: dict[str, Any] = {"dropout_rate": 0.5, "broadcast_dropout": broadcast, "deterministic": True}
+        module, parameters, layer = twins(x, mesh(3), **options)
+        rngs = {"dropout": jax.random.key(0)}
+        ours = module.clone(deterministic=False).apply({"params": parameters}, x, rngs=rngs)
+        for out in (ours, layer(x, deterministic=False)):
+            assert (np.abs(out[0] - out[1]).max() > 1e-2) != broadcast
 
     def test_someone_must_say_whether(self, mesh: MakeMesh, x: jax.Array) -> None:
         layer = ringjax.nn.RingAttention(4, D, dropout_rate=0.5, mesh=mesh(3), rngs=nnx.Rngs(0))
@@ -172,12 +240,52 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match=rf"decode=True\) does not take {name}"):
             call()
 
-    def test_an_attention_of_the_callers_must_not_drop_the_layers_own(
-        self, mesh: MakeMesh, x: jax.Array
+    @pytest.mark.parametrize("flavour", ["linen", "nnx"])
+    def test_decoding_takes_one_row_of_positions_and_drops_nothing(
+        self, flavour: str, mesh: MakeMesh, x: jax.Array
     ) -> None:
-        _, _, layer = twins(x, mesh(3), use_sinks=True)
-        with pytest.raises(NotImplementedError, match=r"RingAttention\(attend\) does not take sinks"):
-            layer(x, attend=lambda q, k, v: q)
+        module, parameters, layer = twins(x, mesh(3), dropout_rate=0.5, deterministic=True)
+        layer.init_cache(2, T)
+        _, made = module.apply({"params": parameters}, x, decode=True, mutable=["cache"])
+        variables = {"params": parameters} | made
+
+        def call(deterministic: bool = True, **options: Any) -> Any:
+            if flavour == "nnx":
+                return layer(x[:, :2], deterministic=deterministic, decode=True, **options)
+            told = module.clone(deterministic=deterministic)
+            return told.apply(variables, x[:, :2], decode=True, mutable=["cache"], **options)[0]
+
+        rows = jnp.array([[0, 1], [1, 2]])
+        with pytest.raises(ValueError, match=r"positions have shape \(2, 2\); .* must be \(2,\) or \(1, 2\)"):
+            call(positions=rows)
+        with pytest.raises(NotImplementedError, match=r"decode=True\) does not take dropout"):
+            call(deterministic=False)
+        assert call(positions=rows[:1]).shape == (2, 2, D)
+
+    def test_decoding_takes_no_attention_of_the_callers(self, mesh: MakeMesh, x: jax.Array) -> None:
+        _, _, layer = twins(x, mesh(3))
+        with pytest.raises(NotImplementedError, match=r"decode=True\) does not take attend"):
+            layer(x, attend=lambda q, k, v: q, decode=True)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "arrays"),
+        [
+            ("sinks", {"use_sinks": True}, {}),
+            ("mask", {}, {"mask": jnp.ones((1, 1, T, T), bool)}),
+            ("bias", {}, {"bias": jnp.zeros((1, 1, T, T))}),
+            ("bias", {"bias": ringjax.alibi(4)}, {}),
+            ("logits_soft_cap", {"logits_soft_cap": 3.0}, {}),
+            ("segment_ids", {}, {"segment_ids": jnp.zeros((1, T), jnp.int32)}),
+            ("dropout", {"dropout_rate": 0.5, "deterministic": False}, {}),
+        ],
+        ids=["sinks", "mask", "bias", "own bias", "logits_soft_cap", "segment_ids", "dropout"],
+    )
+    def test_an_attention_of_the_callers_must_not_drop_the_layers_own(
+        self, name: str, options: dict[str, Any], arrays: dict[str, jax.Array], x: jax.Array
+    ) -> None:
+        layer = ringjax.nn.RingAttention(4, D, rngs=nnx.Rngs(0), **options)
+        with pytest.raises(NotImplementedError, match=rf"RingAttention\(attend\) does not take {name}"):
+            layer(x, attend=lambda q, k, v: q, **arrays)
 
     def test_heads_that_do_not_divide(self, mesh: MakeMesh, x: jax.Array) -> None:
         with pytest.raises(ValueError, match="40 features do not divide over num_heads=6; give head_size"):
