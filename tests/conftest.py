@@ -45,30 +45,45 @@ WAITS_FOR_PEERS = "waits for the peers extra"
 LOOSE_ROOMS = {"nn", "models", "inference", "training", "cli"}
 
 
-def pytest_report_header() -> str:
-    return f"ringjax: jax {jax.__version__} on {PLATFORM}, RINGJAX_TEST_SEED={SEED}"
+def pytest_report_header(config: pytest.Config) -> str:
+    turn = config.getoption("--turn")
+    return f"ringjax: jax {jax.__version__} on {PLATFORM}, RINGJAX_TEST_SEED={SEED}, --turn {turn}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--thin", type=int, default=1, metavar="N", help="of each parametrised test, run one case in N"
+        "--thin",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each parametrised test, run one case in N; of a file's other tests, every second",
     )
     parser.addoption(
         "--thin-rest",
         type=int,
         default=1,
         metavar="N",
-        help="run what `-m 'not slow' --thin N` leaves out, and tests of one case again",
+        help="run what `-m 'not slow' --thin N` leaves out of parametrised tests, and all other tests",
+    )
+    parser.addoption(
+        "--turn",
+        type=int,
+        default=0,
+        metavar="T",
+        help="which of them --thin runs, from 0 on, round and round",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (thin := config.getoption("--thin")) > 1:
-        _thin_out(config, items, lambda item, index: index % thin == 0)
-    if (rest := config.getoption("--thin-rest")) > 1:
-        cases = collections.Counter(_test_of(item) for item in items if not _is_slow(item))
-        alone = lambda item: cases[_test_of(item)] == 1
-        _thin_out(config, items, lambda item, index: index % rest > 0 or _is_slow(item) or alone(item))
+    thin, rest, turn = map(config.getoption, ("--thin", "--thin-rest", "--turn"))
+    cases = collections.Counter(map(_case_of, items))
+    alone = lambda item: cases[_case_of(item)] == 1
+    if thin > 1:
+        period = lambda item: 2 if alone(item) else thin
+        _thin_out(config, items, alone, lambda item, index: index % period(item) == turn % period(item))
+    if rest > 1:
+        whole = lambda item: alone(item) or _is_slow(item)
+        _thin_out(config, items, alone, lambda item, index: whole(item) or index % rest != turn % rest)
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if not missing:
         return
@@ -79,22 +94,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _thin_out(
-    config: pytest.Config, items: list[pytest.Item], keep: Callable[[pytest.Item, int], bool]
+    config: pytest.Config,
+    items: list[pytest.Item],
+    alone: Callable[[pytest.Item], bool],
+    keep: Callable[[pytest.Item, int], bool],
 ) -> None:
-    """Leaves out the cases of each test, numbered from 0 without the slow ones, that are not to be kept."""
-    seen: collections.Counter[str] = collections.Counter()
+    """Leaves out what is not to be kept, by its number among a test's cases or a file's tests of one."""
+    seen: collections.Counter[tuple[object, bool]] = collections.Counter()
     kept, left_out = [], []
     for item in items:
-        test = _test_of(item)
-        (kept if keep(item, seen[test]) else left_out).append(item)
-        seen[test] += not _is_slow(item)
+        group = (item.path, _is_slow(item)) if alone(item) else _case_of(item)
+        (kept if keep(item, seen[group]) else left_out).append(item)
+        seen[group] += 1
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 
 
-def _test_of(item: pytest.Item) -> str:
-    """The test that an item is a case of."""
-    return item.nodeid.partition("[")[0]
+def _case_of(item: pytest.Item) -> tuple[str, bool]:
+    """The test that an item is a case of, and whether of those that are slow."""
+    return item.nodeid.partition("[")[0], _is_slow(item)
 
 
 def _is_slow(item: pytest.Item) -> bool:
