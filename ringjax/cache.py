@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from . import partials
-from .biases import BiasFn
+from .biases import BiasFn, with_hidden_keys
 from .kernels.base import accumulator_dtype
 from .masks import Causal, Mask, Tokens, attends
 from .partials import Partial
@@ -146,7 +146,7 @@ def attend(
         added = bias.fn(bias.parameters, head, q_positions[None, :, None, None], jnp.maximum(kv_positions, 0))
         shape = (num_kv_heads, num_q, rows // num_q, kv_positions.shape[0])
         added = jnp.broadcast_to(added, (batch, *shape)).reshape(logits.shape)
-        logits += added.astype(dtype)
+        logits += with_hidden_keys(added.astype(dtype))
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(allowed, logits, -jnp.inf)

@@ -45,6 +45,7 @@ def attend_and_append(
     cache: KVCache,
     positions: Int[Array, "T"],
     *,
+    scale: float | None,
     mask: Mask,
     bias: BiasFn | None,
     logits_soft_cap: float | None,
@@ -62,13 +63,13 @@ def attend_and_append(
     sinks = None if sinks is None else reshard(sinks, mesh, P(heads))
     fn, parameters = (None, None) if bias is None else (bias.fn, bias.parameters)
     return _step(
-        q, k, v, cache, positions, parameters, sinks, mask=mask, bias_fn=fn, soft_cap=logits_soft_cap,
-        mesh=mesh, ring=ring,
+        q, k, v, cache, positions, parameters, sinks, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        mask=mask, bias_fn=fn, soft_cap=logits_soft_cap, mesh=mesh, ring=ring,
     )  # fmt: skip
 
 
-@ft.partial(jax.jit, static_argnames=("mask", "bias_fn", "soft_cap", "mesh", "ring"))
-def _step(q, k, v, cache, positions, parameters, sinks, *, mask, bias_fn, soft_cap, mesh, ring):
+@ft.partial(jax.jit, static_argnames=("scale", "mask", "bias_fn", "soft_cap", "mesh", "ring"))
+def _step(q, k, v, cache, positions, parameters, sinks, *, scale, mask, bias_fn, soft_cap, mesh, ring):
     """Compiled once: outside jit, a `shard_map` alone would run operation by operation."""
     axis_name = ring.axis_name
 
@@ -77,7 +78,7 @@ def _step(q, k, v, cache, positions, parameters, sinks, *, mask, bias_fn, soft_c
         slots, held = kv_cache.free_slots(held, positions, axis_name)
         keys, values = kv_cache.append(keys, k, slots), kv_cache.append(values, v, slots)
         partial = kv_cache.attend(
-            q, keys, values, positions, held, scale=q.shape[-1] ** -0.5, mask=mask, soft_cap=soft_cap,
+            q, keys, values, positions, held, scale=scale, mask=mask, soft_cap=soft_cap,
             bias=None if bias_fn is None else BiasFn(bias_fn, parameters),
             first_head=lax.axis_index(ring.head_axes) * q.shape[2] if ring.head_axes else 0,
         )  # fmt: skip

@@ -33,6 +33,7 @@ class RingAttention(nn.Module):
         num_kv_heads: key heads, K; None means N.
         head_size: None means D / N.
         rotary: rotary embedding; None for none.
+        scale: factor of the logits; None means `1 / sqrt(head_size)`.
         mask: a mask spec.
         bias: a bias of the logits as a function of positions, such as `ringjax.alibi(num_heads)`; constant.
             One whose parameters are learned is given in the call.
@@ -62,6 +63,7 @@ class RingAttention(nn.Module):
     num_kv_heads: int | None = None
     head_size: int | None = None
     rotary: Rotary | None = None
+    scale: float | None = None
     mask: Mask = Causal()
     bias: BiasFn | None = None
     logits_soft_cap: float | None = None
@@ -141,7 +143,7 @@ class RingAttention(nn.Module):
             assert positions is not None
             state = KVCache._make(variable.value for variable in cache)
             out, state = attend_and_append(
-                q, k, v, state, positions[0], mask=self.mask, bias=self.bias,
+                q, k, v, state, positions[0], scale=self.scale, mask=self.mask, bias=self.bias,
                 logits_soft_cap=self.logits_soft_cap, sinks=sinks, mesh=mesh, ring=self.ring,
             )  # fmt: skip
             for variable, value in zip(cache, state, strict=True):
@@ -151,7 +153,7 @@ class RingAttention(nn.Module):
             dropout_rng = self._dropout_rng(deterministic)
             out = ring_attention(
                 q, k, v, self.bias if bias is None else bias, (self.mask, mask), segment_ids=segment_ids,
-                positions=given, logits_soft_cap=self.logits_soft_cap, sinks=sinks,
+                positions=given, scale=self.scale, logits_soft_cap=self.logits_soft_cap, sinks=sinks,
                 dropout_rate=0.0 if dropout_rng is None else self.dropout_rate, dropout_rng=dropout_rng,
                 broadcast_dropout=self.broadcast_dropout, mesh=mesh, ring=self.ring,
             )  # fmt: skip

@@ -44,6 +44,7 @@ class RingAttention(nnx.Module):
         num_kv_heads: key heads, K; None means N.
         head_size: None means D / N.
         rotary: rotary embedding; None for none.
+        scale: factor of the logits; None means `1 / sqrt(head_size)`.
         mask: a mask spec.
         bias: a bias of the logits as a function of positions, such as `ringjax.alibi(num_heads)`; constant.
             One whose parameters are learned is given in the call.
@@ -77,6 +78,7 @@ class RingAttention(nnx.Module):
         num_kv_heads: int | None = None,
         head_size: int | None = None,
         rotary: Rotary | None = None,
+        scale: float | None = None,
         mask: Mask = Causal(),
         bias: BiasFn | None = None,
         logits_soft_cap: float | None = None,
@@ -97,7 +99,7 @@ class RingAttention(nnx.Module):
             in_features, num_heads, num_kv_heads, head_size, rotary
         )
         self.rotary, self.mask, self.ring, self.mesh = rotary, mask, ring, mesh
-        self.bias, self.logits_soft_cap = nnx.data(bias), logits_soft_cap
+        self.bias, self.scale, self.logits_soft_cap = nnx.data(bias), scale, logits_soft_cap
         self.dropout_rate, self.broadcast_dropout = dropout_rate, broadcast_dropout
         self.deterministic = deterministic
 
@@ -165,8 +167,9 @@ class RingAttention(nnx.Module):
             return self._decode(x, positions)
         if attend is not None:
             refuse(
-                "attend", mask=mask, bias=self.bias if bias is None else bias, segment_ids=segment_ids,
-                logits_soft_cap=self.logits_soft_cap, sinks=self.sinks, dropout=dropping,
+                "attend", scale=self.scale, mask=mask, bias=self.bias if bias is None else bias,
+                segment_ids=segment_ids, logits_soft_cap=self.logits_soft_cap, sinks=self.sinks,
+                dropout=dropping,
             )  # fmt: skip
         given = positions
         if positions is None and self.rotary is not None:
@@ -179,7 +182,7 @@ class RingAttention(nnx.Module):
             dropout_rng = self._dropout_rng(rngs) if dropping else None
             out = ring_attention(
                 q, k, v, self.bias if bias is None else bias, (self.mask, mask), segment_ids=segment_ids,
-                positions=given, logits_soft_cap=self.logits_soft_cap,
+                positions=given, scale=self.scale, logits_soft_cap=self.logits_soft_cap,
                 sinks=None if self.sinks is None else self.sinks[...],
                 dropout_rate=0.0 if dropout_rng is None else self.dropout_rate, dropout_rng=dropout_rng,
                 broadcast_dropout=self.broadcast_dropout, mesh=self.mesh, ring=self.ring,
@@ -221,7 +224,7 @@ class RingAttention(nnx.Module):
         q, k, v = self.project(x, positions[None])
         out, cache = attend_and_append(
             q, k, v, KVCache._make(variable[...] for variable in self.cache), positions,
-            mask=self.mask, bias=self.bias, logits_soft_cap=self.logits_soft_cap,
+            scale=self.scale, mask=self.mask, bias=self.bias, logits_soft_cap=self.logits_soft_cap,
             sinks=None if self.sinks is None else self.sinks[...], mesh=resolve_mesh(self.mesh),
             ring=self.ring,
         )  # fmt: skip

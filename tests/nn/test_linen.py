@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "bias": ringjax.alibi(N),
         "logits_soft_cap": 3.0,
         "use_sinks": True,
+        "scale": 0.7,
     },
 }
 
@@ -275,10 +276,11 @@ class TestRefusals:
             ("bias", {}, {"bias": jnp.zeros((1, 1, T, T))}),
             ("bias", {"bias": ringjax.alibi(4)}, {}),
             ("logits_soft_cap", {"logits_soft_cap": 3.0}, {}),
+            ("scale", {"scale": 0.5}, {}),
             ("segment_ids", {}, {"segment_ids": jnp.zeros((1, T), jnp.int32)}),
             ("dropout", {"dropout_rate": 0.5, "deterministic": False}, {}),
         ],
-        ids=["sinks", "mask", "bias", "own bias", "logits_soft_cap", "segment_ids", "dropout"],
+        ids=["sinks", "mask", "bias", "own bias", "logits_soft_cap", "scale", "segment_ids", "dropout"],
     )
     def test_an_attention_of_the_callers_must_not_drop_the_layers_own(
         self, name: str, options: dict[str, Any], arrays: dict[str, jax.Array], x: jax.Array

@@ -48,7 +48,14 @@ def rotate(x: np.ndarray, positions: np.ndarray, theta: float = 10_000.0) -> np.
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def dense(parameters: dict[str, Any], x: Any, *, mask: np.ndarray | None, rotary: bool = True) -> np.ndarray:
+def dense(
+    parameters: dict[str, Any],
+    x: Any,
+    *,
+    mask: np.ndarray | None,
+    rotary: bool = True,
+    scale: float | None = None,
+) -> np.ndarray:
     """In float64 and in natural order."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), parameters)
     x = np.asarray(x, np.float64)
@@ -60,7 +67,7 @@ def dense(parameters: dict[str, Any], x: Any, *, mask: np.ndarray | None, rotary
     if rotary:
         positions = np.arange(x.shape[1])
         q, k = rotate(q, positions), rotate(k, positions)
-    out, _ = helpers.oracle(q, k, v, mask=mask)
+    out, _ = helpers.oracle(q, k, v, mask=mask, scale=scale)
     return project("o_proj", out.reshape(*x.shape[:2], -1))
 
 
@@ -153,7 +160,9 @@ def test_layer_and_its_gradients_are_those_of_the_dense_one(
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("options", [{"mask": Full()}, {"rotary": None}, {"use_bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"mask": Full()}, {"rotary": None}, {"use_bias": False}, {"scale": 0.6}], ids=str
+)
 def test_options_are_those_of_the_dense_layer(
     options: dict[str, Any], layout: str, mesh: MakeMesh, rng: np.random.Generator
 ) -> None:
@@ -163,7 +172,9 @@ def test_options_are_those_of_the_dense_layer(
     out = layer(shard_sequence(x, mesh=ring_mesh, ring=ring))
     out = unshard_sequence(out, length=T, mesh=ring_mesh, ring=ring)
     mask = None if "mask" in options else helpers.causal_mask(T, T)
-    expected = dense(parameters_of(layer), x, mask=mask, rotary="rotary" not in options)
+    expected = dense(
+        parameters_of(layer), x, mask=mask, rotary="rotary" not in options, scale=options.get("scale")
+    )
     helpers.assert_close(out, expected, "float32")
 
 
