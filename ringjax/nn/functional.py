@@ -35,7 +35,10 @@ def attention_fn(
     Returns:
         A function of query, key and value (`... T N H`) and Flax's keywords, mask, bias and dropout among
         them; arrays are in layout order. Attention is always computed with float32 accumulators and full
-        float32 products, whatever `precision` asks for; rows that attend to nothing are zero.
+        float32 products, whatever `precision` asks for; rows that attend to nothing are zero. It raises
+        `NotImplementedError` for what Flax asks of it and a ring cannot: attention weights (`sow_weights`),
+        products of one's own, and a mask spec or BiasFn with Flax's cache, which does not say where its one
+        query stands.
 
     Example:
         >>> import jax, jax.numpy as jnp, ringjax
