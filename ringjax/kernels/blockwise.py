@@ -63,7 +63,7 @@ def forward(
             def body(visit, state):
                 out, top, total = state
                 keys, values, kv_at = grid.kv_block(kv, at, visit)
-                logits = grid.logits(q_rows, keys, at, kv_at, masked).masked
+                logits = grid.logits(q_rows, keys, at, kv_at, masked, hide=True).masked
                 new_top = jnp.maximum(top, logits.max(axis=-1))
                 # A row that has met no key yet would otherwise compute exp(-inf - -inf).
                 reference = new_top
@@ -232,11 +232,23 @@ class _Grid:
         return (at.batch, at.head, kv_at.start, jnp.zeros_like(at.head))
 
     def logits(
-        self, a: jax.Array, b: jax.Array, at: _Row, kv_at: _KVBlock, masked: bool, *, keys_first: bool = False
+        self,
+        a: jax.Array,
+        b: jax.Array,
+        at: _Row,
+        kv_at: _KVBlock,
+        masked: bool,
+        *,
+        keys_first: bool = False,
+        hide: bool = False,
     ) -> _Logits:
-        """Scale (already in the queries), then bias, then soft cap, then mask; `a` by `b`."""
+        """Scale (already in the queries), then bias, then soft cap, then mask; `a` by `b`.
+
+        `hide` is for the way forward: going back, weights are 0 by the log-sum-exp.
+        """
         logits, slope = _matmul(a, b.T), None
         for bias in self._biases(at, kv_at):
+            bias = with_hidden_keys(bias) if hide else bias
             logits += bias.T if keys_first else bias
         if (cap := self.rule.soft_cap) is not None:
             bent = jnp.tanh(logits / cap)
@@ -262,7 +274,7 @@ class _Grid:
             biases.append(self._operand(self.operands.bias, at, kv_at))
         if self.rule.bias_fn is not None:
             biases.append(self._bias_fn(self.operands.bias_parameters, at, kv_at))
-        return [self._as_rows(with_hidden_keys(bias.astype(self.dtype))) for bias in biases]
+        return [self._as_rows(bias.astype(self.dtype)) for bias in biases]
 
     def _bias_fn(self, parameters, at: _Row, kv_at: _KVBlock) -> jax.Array:
         """Of parameters in the accumulators' dtype, so that their gradient is too."""

@@ -86,7 +86,7 @@ def forward(
                 out, top, total = state
                 here = meeting.with_keys(refs, at, visits.block(visit))
                 keys, values = meeting.load_kv(refs.kv, here)
-                logits = meeting.logits(refs, q_rows, keys, here, masked).masked
+                logits = meeting.logits(refs, q_rows, keys, here, masked, hide=True).masked
                 new_top = jnp.maximum(top, logits.max(axis=1) * jnp.float32(meeting.unit))
                 # A row that has met no key yet would otherwise compute exp(-inf - -inf).
                 reference = new_top
@@ -553,17 +553,23 @@ class _Meeting:
 
     # ------------------------------------------------------------ logits
 
-    def logits(self, refs: _Refs, q, keys, at: _At, masked: bool, *, keys_first: bool = False) -> _Logits:
-        """Scale, then bias, then soft cap, then mask; queries by keys, or keys by queries; over `unit`."""
+    def logits(
+        self, refs: _Refs, q, keys, at: _At, masked: bool, *, keys_first: bool = False, hide: bool = False
+    ) -> _Logits:
+        """Scale, then bias, then soft cap, then mask; queries by keys, or keys by queries; over `unit`.
+
+        `hide` is for the way forward: going back, weights are 0 by the log-sum-exp.
+        """
+        hiding = with_hidden_keys if hide else lambda bias: bias
         first, second = (keys, q) if keys_first else (q, keys)
         logits, slope = _dot(first, second, transposed=True), None
         if not self.bare:
             logits *= jnp.float32(self.scale)
         if refs.bias is not None:
-            logits += with_hidden_keys(self._operand(refs.bias, refs, at, keys_first).astype(jnp.float32))
+            logits += hiding(self._operand(refs.bias, refs, at, keys_first).astype(jnp.float32))
         if self.splits:
             bias = self.splits[keys_first].bias(*self._bias_arguments(refs, at, keys_first))
-            logits += with_hidden_keys(bias)
+            logits += hiding(bias)
         if (cap := self.rule.soft_cap) is not None:
             bent = jnp.tanh(logits / jnp.float32(cap))
             logits, slope = jnp.float32(cap) * bent, jnp.float32(1) - bent * bent
