@@ -217,7 +217,8 @@ def _pair(name: str, value: PerSide | None) -> tuple:
 
 def _token_array(name: str, value: ArrayLike, batch: int, length: int) -> jax.Array:
     """As int32 `B T`, or `1 T` where all rows of the batch share it."""
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    # JAX would cut the int64 of a NumPy array down.
+    array = value if isinstance(value, np.ndarray) else jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} have dtype {array.dtype}; they must be integers.")
     if array.shape not in ((length,), (1, length), (batch, length)):

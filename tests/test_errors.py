@@ -68,9 +68,6 @@ REFUSED = {
         {"segment_ids": np.array([0] * 8 + [2**32] * 8)},
         r"query segment_ids reach from 0 to 4294967296; they must fit into int32",
     ),
-    "large segments as numbers": (
-        qkv(), {"segment_ids": [0] * 8 + [2**32] * 8}, "query segment_ids reach from 0 to 4294967296; they",
-    ),
     "large positions of an array of JAX": (
         qkv(), {"positions": jnp.arange(16, dtype=jnp.uint32) + jnp.uint32(2**31 - 8)},
         "query positions reach from 2147483640 to 2147483655; they must fit into int32",
