@@ -229,7 +229,7 @@ def _token_array(name: str, value: ArrayLike, batch: int, length: int) -> jax.Ar
             f"{name} reach from {known.min()} to {known.max()}; they must fit into int32. Number documents "
             f"anew with np.unique(..., return_inverse=True)."
         )
-    return jnp.asarray(array.astype(np.int32)).reshape(-1, length)
+    return jnp.atleast_2d(array.astype(np.int32))
 
 
 def _known(array: jax.Array | np.ndarray) -> np.ndarray | None:
@@ -259,8 +259,8 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise ValueError(f"{shapes}: query and key must have the same head size.")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{shapes}: the {k.shape[2]} key heads must divide the {q.shape[2]} query heads.")
-    if 0 in q.shape + k.shape + v.shape:
-        raise ValueError(f"{shapes}: every axis must have at least one element.")
+    if 0 in q.shape[2:] + k.shape[2:] + v.shape[2:]:
+        raise ValueError(f"{shapes}: heads, and head sizes, must be at least 1.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"query is {q.dtype}, key {k.dtype}, value {v.dtype}: they must agree. Cast them alike first."
@@ -302,7 +302,8 @@ def padded_length_of(length: int, side: str, *, ring: Ring, ring_size: int) -> i
     """Natural order can be padded here; any other order was made by the caller, padding included."""
     if ring.layout != "contiguous":
         check_length(length, side, ring, ring_size)
-    return ring.padded_length(length, ring_size)
+    # Where there is no token at all, padding takes its place.
+    return ring.padded_length(max(length, 1), ring_size)
 
 
 def check_latents(q: jax.Array, latent: jax.Array, rotary_key: jax.Array, *ups: jax.Array) -> None:
@@ -313,7 +314,7 @@ def check_latents(q: jax.Array, latent: jax.Array, rotary_key: jax.Array, *ups: 
             f"latent_attention takes query B T N H, latent B S R, rotary_key B S Hr, key_up R K Hk and "
             f"value_up R K Hv; got {', '.join(map(str, shapes))}."
         )
-    (batch, _, num_heads, head_size), (_, length, latent_size), rotary, key_up, value_up = shapes
+    (batch, _, num_heads, head_size), (_, _, latent_size), rotary, key_up, value_up = shapes
     checks = {
         f"latent {shapes[1]} and query {shapes[0]} have different batch sizes": shapes[1][0] == batch,
         f"rotary_key {rotary} is not of the latent's tokens, {shapes[1][:2]}": rotary[:2] == shapes[1][:2],
@@ -327,7 +328,6 @@ def check_latents(q: jax.Array, latent: jax.Array, rotary_key: jax.Array, *ups: 
         f"dtypes differ: {', '.join(str(x.dtype) for x in (q, latent, rotary_key, *ups))}": (
             len({x.dtype for x in (q, latent, rotary_key, *ups)}) == 1
         ),
-        "the latent has no tokens": length > 0,
     }
     for problem, fine in checks.items():
         if not fine:

@@ -30,6 +30,7 @@ from .arguments import (
 )
 from .biases import BiasFn
 from .kernels import Device, Operands, choose_kernel, default_block_sizes, prepare_kernel
+from .kernels.base import accumulator_dtype
 from .payloads import Latent, make_payload
 from .planning.auto import with_strategy
 from .ring import Ring, device_of, reshard, resolve_mesh
@@ -135,7 +136,7 @@ def ring_attention(
 
     Returns:
         `B T N Hv` in the query's dtype, split over the ring like the query. Rows that attend to nothing are
-        zero, with a log-sum-exp of `-inf` and zero gradients.
+        zero, with a log-sum-exp of `-inf` and zero gradients; where there are no keys, that is all of them.
 
     Raises:
         ValueError: shapes, dtypes, lengths or mesh axes that do not fit; the text says how to mend it.
@@ -265,11 +266,6 @@ def _over_mesh(
         num_kv_heads, value_size = constants[1].shape[1:]
     check_split(q, num_kv_heads, mesh, ring)
     rule, operands = rule_and_operands(q.shape, k.shape[1], bias, mask, **options)
-    kv_shape = k.shape[1], num_kv_heads, value_size
-    ring = with_strategy(ring, mesh, q.shape, kv_shape, q.dtype, rule.mask, latent=latent)
-    sizes = ring.axis_sizes(mesh)
-    splits = math.prod(mesh.shape[name] for name in ring.head_axes)
-    check_heads(q.shape[2] // splits, num_kv_heads // splits, ring, sizes)
     lengths = (q.shape[1], k.shape[1])
     padded = tuple(map(ft.partial(padded_length_of, ring=ring, ring_size=ring_size), lengths, SIDES))
     tokens = tokens_of_both(
@@ -279,6 +275,15 @@ def _over_mesh(
         positions,
         seq_lengths,
     )
+    # A length that does not divide cannot stay split: JAX shards evenly only.
+    whole = P(ring.spec[0], None, ring.spec[2])
+    if 0 in q.shape[:2]:
+        return _no_rows(q, value_size, mesh, whole)
+    kv_shape = padded[1], num_kv_heads, value_size
+    ring = with_strategy(ring, mesh, q.shape, kv_shape, q.dtype, rule.mask, latent=latent)
+    sizes = ring.axis_sizes(mesh)
+    splits = math.prod(mesh.shape[name] for name in ring.head_axes)
+    check_heads(q.shape[2] // splits, num_kv_heads // splits, ring, sizes)
     device = device_of(mesh)
     ring = _with_kernel(ring, rule, operands, q.dtype, (q.shape[3], value_size), device)
     problem = _problem(
@@ -290,10 +295,19 @@ def _over_mesh(
     tensors = jax.tree.map(lambda x, spec: reshard(x, mesh, spec), tensors, _specs(tensors, ring))
     out, lse = _attend(tensors, problem=problem, mesh=mesh, ring=ring)
     if padded[0] != lengths[0]:
-        # A length that does not divide cannot stay split: JAX shards evenly only.
-        whole = P(ring.spec[0], None, ring.spec[2])
         out, lse = (reshard(x, mesh, whole)[:, : lengths[0]] for x in (out, lse))
     return out, lse
+
+
+def _no_rows(q: jax.Array, value_size: int, mesh: Mesh | AbstractMesh, spec: P):
+    """Output and log-sum-exp without elements; not split by tokens, for of such arrays JAX cuts no shards."""
+
+    def local(q):
+        lse = jnp.zeros(q.shape[:3], accumulator_dtype(q.dtype))
+        return jnp.zeros((*lse.shape, value_size), q.dtype), lse
+
+    q = reshard(q, mesh, spec)
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec,), out_specs=(spec, spec))(q)
 
 
 class _Tensors(NamedTuple):
@@ -325,7 +339,7 @@ def _padded(
 
     def pad_logits(x, spec):
         # An axis of 1 is broadcast.
-        return pad(x, spec, *((axis, count) for axis, count in ((2, on_q), (3, on_kv)) if x.shape[axis] > 1))
+        return pad(x, spec, *((axis, count) for axis, count in ((2, on_q), (3, on_kv)) if x.shape[axis] != 1))
 
     q, k, v, constants, q_tokens, kv_tokens, operands = tensors
     on_q, on_kv = missing
@@ -469,6 +483,11 @@ def ring_attention_local(
         NotImplementedError: when differentiated twice.
     """
     check_arrays(query, key, value)
+    if 0 in query.shape + key.shape:
+        raise ValueError(
+            f"query {query.shape}, key {key.shape}: every rank must have something of each axis; "
+            f"ring_attention takes empty ones."
+        )
     mesh = resolve_mesh(None)
     ring_size = dataclasses.replace(ring, batch_axes=(), head_axes=()).size(mesh)
     sizes = ring.axis_sizes(mesh)

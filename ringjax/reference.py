@@ -84,7 +84,8 @@ def reference_attention(
     if operands.mask is not None:
         allowed &= jnp.broadcast_to(operands.mask, logits.shape)
     # What is masked must not reach the softmax as -inf: its derivative would be NaN in empty rows.
-    top = lax.stop_gradient(jnp.where(allowed, logits, -jnp.inf).max(axis=-1, keepdims=True))
+    top = jnp.where(allowed, logits, -jnp.inf).max(axis=-1, keepdims=True, initial=-jnp.inf)
+    top = lax.stop_gradient(top)
     sink_logits = jnp.full_like(top, -jnp.inf)
     if operands.sinks is not None:
         sink_logits = jnp.broadcast_to(operands.sinks.astype(dtype)[None, :, None, None], top.shape)

@@ -123,10 +123,12 @@ class Ring:
             raise ValueError(
                 f"Ring(strategy={strategy!r}, bidirectional=True): only 'ring' and 'ring_q' have a direction."
             )
-        if self.head_groups < 1 or (self.head_groups > 1 and strategy != "all_gather"):
+        if self.head_groups < 1:
+            raise ValueError(f"Ring(head_groups={self.head_groups}): a number from 1 on.")
+        if self.head_groups > 1 and strategy != "all_gather":
             raise ValueError(
-                f"Ring(strategy={strategy!r}, head_groups={self.head_groups}): a number from 1 on, and only "
-                f"strategy='all_gather' can have more than 1."
+                f"Ring(strategy={strategy!r}, head_groups={self.head_groups}): only 'all_gather' gathers its "
+                f"keys and values in pieces."
             )
 
     @classmethod

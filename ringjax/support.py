@@ -15,7 +15,7 @@ from .biases import alibi
 from .kernels import BlockSizes, Device, KernelName, Operands, Rule, Tile, get_kernel
 from .masks import Causal, ChunkedLocal, Full, Mask, MaskFn, PrefixLM, SlidingWindow, Tokens
 from .payloads import AsIs, Cast, Latent, Payload
-from .ring import Strategy
+from .ring import Ring, Strategy
 from .strategies import get_strategy
 
 __all__ = ["FEATURES", "Feature", "reason_against", "table"]
@@ -35,6 +35,7 @@ class Feature:
         segments: whether there are packed documents.
         payload: what travels.
         dtype: of query, key and value.
+        ring: further fields of the `Ring`.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Feature:
     segments: bool = False
     payload: Payload = dataclasses.field(default_factory=AsIs)
     dtype: str = "float32"
+    ring: tuple[tuple[str, Any], ...] = ()
 
 
 def _by_distance(table, head, q_position, kv_position):
@@ -84,6 +86,10 @@ FEATURES: dict[str, Feature] = {
     "sinks": Feature(text="attention sinks, with their gradient", operands=("sinks",)),
     "dropout": Feature(text="dropout, alike on any ring", rule=(("dropout_rate", 0.1),), operands=("seed",)),
     "groups": Feature(text="grouped and multi-query heads, value heads of another size"),
+    "split": Feature(
+        text="batch and heads split over other mesh axes",
+        ring=(("batch_axes", "data"), ("head_axes", "model")),
+    ),
     "lengths": Feature(text="T ≠ S, lengths that do not divide, shorter than the ring"),
     "low_precision": Feature(text="bfloat16, float16 in; float32 inside", dtype="bfloat16"),
     "float64": Feature(text="float64 in and inside (x64)", dtype="float64"),
@@ -93,6 +99,12 @@ FEATURES: dict[str, Feature] = {
         payload=Cast("bfloat16"),
     ),
     "latent": Feature(text="latent keys and values (`latent_attention`)", payload=Latent(1)),
+    "bidirectional": Feature(
+        text="both directions at once (`bidirectional`)", ring=(("bidirectional", True),)
+    ),
+    "head_groups": Feature(
+        text="keys and values in pieces, by heads (`head_groups`)", ring=(("head_groups", 2),)
+    ),
 }
 
 
@@ -110,6 +122,10 @@ assert {kernel for _, kernel in (*COLUMNS, *ON_GPUS)} == set(get_args(KernelName
 
 def reason_against(feature: Feature, strategy: Strategy, kernel: KernelName) -> str | None:
     """None where the combination is supported, or why it is not."""
+    try:
+        Ring(("outer", "inner"), strategy=strategy, kernel=kernel, **dict(feature.ring))
+    except ValueError as error:
+        return str(error).partition("): ")[2]
     zeros: Any = np.zeros((1, 8), np.int32)
     tokens = Tokens(zeros, zeros if feature.segments else None)
     operands: dict[str, Any] = {name: np.zeros(OPERAND_SHAPES[name], np.float32) for name in feature.operands}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+from typing import Any
 
 import helpers
 import hypothesis
@@ -78,11 +79,11 @@ CASES = [
     Case(ring_size=3, layout="zigzag", dropout=0.5, K=1, segments="rows", blocks=(5, 4)),
     Case(ring_size=2, dropout=0.3, broadcast_dropout=True, T=25, S=40, sinks=True, mask="S"),
     # Batch and heads over other axes of the mesh: indices of rows and heads are global.
-    Case(ring_size=2, split=True, layout="zigzag", bias="BNTS", mask="BNTS", sinks=True, dropout=0.3, T=24),
-    Case(ring_size=2, split=True, bias="table", mask="BS", dropout=0.2, T=23, axis_types="auto"),
-    Case(ring_size=2, split=True, layout="striped", bias="TS", soft_cap=2.0, segments="pair", T=24, S=16),
+    Case(ring_size=2, split="both", layout="zigzag", bias="BNTS", mask="BNTS", sinks=True, dropout=0.3, T=24),
+    Case(ring_size=2, split="both", bias="table", mask="BS", dropout=0.2, T=23, axis_types="auto"),
+    Case(ring_size=2, split="both", layout="striped", bias="TS", soft_cap=2.0, segments="pair", T=24, S=16),
     Case(
-        ring_size=2, split=True, bias="alibi", B=4, N=8, window=3, dropout=0.2, broadcast_dropout=True,
+        ring_size=2, split="both", bias="alibi", B=4, N=8, window=3, dropout=0.2, broadcast_dropout=True,
         sinks=True,
     ),
 ]  # fmt: skip
@@ -112,10 +113,28 @@ def subsets(letters: str) -> st.SearchStrategy[str]:
     return st.sets(st.sampled_from(letters)).map(lambda chosen: "".join(sorted(chosen)))
 
 
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"bidirectional": True},
+    {"strategy": "ring_q"},
+    {"strategy": "ring_q", "bidirectional": True},
+    {"strategy": "all_gather"},
+    {"strategy": "all_gather", "head_groups": 2},
+    {"strategy": "ulysses"},
+    {"strategy": "usp", "inner": 2},
+    {"strategy": "double_ring", "inner": 2},
+]
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    split = draw(st.booleans())
-    ring_size = 2 if split else draw(st.sampled_from([1, 2, 3, 5, 8]))
+    way = draw(st.sampled_from(WAYS))
+    if "inner" in way:
+        split = draw(st.sampled_from([None, "batch", "heads"]))
+        ring_size = 4
+    else:
+        split = draw(st.sampled_from([None, None, "both"]))
+        ring_size = 2 if split else draw(st.sampled_from([1, 2, 3, 5, 8]))
     layout = draw(st.sampled_from(LAYOUTS))
     a_length = st.integers(1, 40)
     if layout != "contiguous":
@@ -124,7 +143,9 @@ def cases(draw: st.DrawFn) -> Case:
     same = st.sampled_from([None, "one", "rows", "pair"])
     segments, positions = draw(same), draw(same)
     one_length = {segments, positions} & {"one", "rows"}
-    K, groups = draw(st.integers(1, 3)) * (1 + split), draw(st.integers(1, 3))
+    in_two = 1 + (split is not None)
+    K = draw(st.integers(1, 3)) * in_two * way.get("head_groups", 1)
+    groups = draw(st.integers(1, 3)) * {"ulysses": ring_size, "usp": 2}.get(way.get("strategy"), 1)
     spec = draw(st.none() | st.sampled_from(sorted(SPECS)))
     side = st.integers(0, 20)
     return Case(
@@ -132,7 +153,7 @@ def cases(draw: st.DrawFn) -> Case:
         layout=layout,
         split=split,
         causal=draw(st.booleans()),
-        B=draw(st.integers(1, 3)) * (1 + split),
+        B=draw(st.integers(1, 3)) * in_two,
         T=T,
         S=T if one_length else draw(a_length),
         N=K * groups,
@@ -154,6 +175,7 @@ def cases(draw: st.DrawFn) -> Case:
         broadcast_dropout=draw(st.booleans()),
         blocks=draw(st.sampled_from([None, (4, 4), (7, 3)])),
         axis_types=draw(st.sampled_from(["explicit", "auto"])),
+        **way,
     )
 
 

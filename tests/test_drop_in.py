@@ -1,15 +1,18 @@
 """The arguments of `jax.nn.dot_product_attention` give what it gives."""
 
 import functools as ft
+from typing import get_args
 
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import grid
 
 import ringjax
-from ringjax import ring_attention
+from ringjax import Ring, ring_attention
+from ringjax.strategies import Strategy
 
 
 def jax_nn(*args, **kwargs):
@@ -154,3 +157,33 @@ def test_window_of_one_number_is_a_pair(rng, mesh, one) -> None:
     arrays = helpers.random_qkv(rng, T=12)
     attend = lambda size: ring_attention(*arrays, local_window_size=size, mesh=mesh(2))
     np.testing.assert_array_equal(attend(one(3)), attend((3, 3)))
+
+
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.parametrize("empty", ["B", "T", "S"])
+def test_nothing_at_all_gives_what_it_gives_there(rng, strategy, empty) -> None:
+    sizes = {"1": 1, "B": 2, "T": 16, "S": 16} | {empty: 0}
+    draw = lambda *axes: jnp.asarray(rng.standard_normal([sizes.get(axis, 4) for axis in axes]), jnp.float32)
+    q, k, v, bias = draw(*"BTNH"), draw(*"BSNH"), draw(*"BSNH"), draw(*"1NTS")
+    ring = Ring(("outer", "inner"), strategy=strategy, layout="zigzag")
+
+    def run(attend, **kwargs):
+        attend = ft.partial(attend, is_causal=True, return_residual=True, **kwargs)
+        out, pull = jax.vjp(attend, q, k, v, bias)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    got = jax.jit(lambda: run(ring_attention, mesh=grid(outer=2, inner=2), ring=ring))()
+    assert jax.tree.map(jnp.shape, got[0]) == (q.shape, q.shape[:3])
+    expected = run(jax_nn)
+    jax.tree.map(np.testing.assert_array_equal, got[0], expected[0])
+    jax.tree.map(np.testing.assert_array_equal, got[1], jax.tree.map(jnp.zeros_like, expected[1]))
+
+
+def test_without_keys_there_are_still_sinks(rng, mesh) -> None:
+    q, k, v = helpers.random_qkv(rng, T=5)
+    k, v, documents = k[:, :0], v[:, :0], (np.zeros(5, int), np.zeros(0, int))
+    arguments = {"sinks": jnp.arange(4.0), "return_residual": True, "segment_ids": documents}
+    for attend in (ft.partial(ring_attention, mesh=mesh(3)), ringjax.reference_attention):
+        out, lse = attend(q, k, v, **arguments)
+        np.testing.assert_array_equal(out, np.zeros_like(q))
+        np.testing.assert_allclose(lse, np.broadcast_to(np.arange(4.0), lse.shape), atol=1e-6)

@@ -33,7 +33,7 @@ REFUSED = {
     "value heads": (with_(qkv(), 2, jnp.zeros((2, 16, 2, 8))), {}, "lengths and heads of key and"),
     "head size": (with_(qkv(), 1, jnp.zeros((2, 16, 4, 7))), {}, "must have the same head size"),
     "heads": (qkv(N=4, K=3), {}, "the 3 key heads must divide the 4 query heads"),
-    "empty": (qkv(T=0), {}, "every axis must have at least one element"),
+    "no head size": (qkv(H=0), {}, "heads, and head sizes, must be at least 1"),
     "dtypes": (
         with_(qkv(), 2, jnp.zeros((2, 16, 4, 8), jnp.bfloat16)), {},
         "query is float32, key float32, value bfloat16: they must agree",
@@ -225,6 +225,8 @@ def test_local_refuses_what_does_not_fit(mesh) -> None:
         local(*with_(qkv(), 1, jnp.zeros((2, 16, 4, 8), jnp.bfloat16)))
     with pytest.raises(ValueError, match="query length 6 does not divide over mesh axis 'ring'"):
         local(*qkv(T=6), ring=Ring(layout="zigzag"))
+    with pytest.raises(ValueError, match="every rank must have something of each axis"):
+        local(*qkv(B=0))
     with pytest.raises(ValueError, match="must be B T N H"):
         local(*(jnp.zeros((2, 16, 8)),) * 3)
     # The keys of all ranks: a bias has whole rows.

@@ -285,6 +285,12 @@ def test_every_contender_computes_the_same(name, window):
     _assert_computes_the_problem(name, dataclasses.replace(PROBLEM, window=window))
 
 
+def test_gspmd_gets_arrays_that_are_split_over_the_devices():
+    program = CONTENDERS["gspmd"](PROBLEM, *PROBLEM.arrays()).programs("forward_backward")[""]
+    for x in (*program.args, *program()):
+        assert x.sharding.shard_shape(x.shape)[1] == PROBLEM.tokens // PROBLEM.devices
+
+
 def test_a_gpu_is_bounded_by_a_product_in_the_problems_dtype(monkeypatch):
     monkeypatch.setattr(attention_contenders, "GEMM_SIZE_ON_GPU", 64)
     monkeypatch.setattr(attention_contenders, "LEAST_SECONDS", 0.1)

@@ -200,7 +200,7 @@ RING: dict[str, dict[str, Any]] = {
     "documents": {"ring_size": 4, "T": 64, "segments": "rows"},
     "padded": {"ring_size": 3, "T": 17, "S": 40, "lengths": True, "sinks": True},
     "window": {"ring_size": 4, "T": 64, "window": (20, 0)},
-    "heads and batch": {"ring_size": 2, "T": 16, "split": True, "axis_types": "auto"},
+    "heads and batch": {"ring_size": 2, "T": 16, "split": "both", "axis_types": "auto"},
 }
 
 

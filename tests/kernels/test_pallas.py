@@ -460,7 +460,7 @@ RING: dict[str, dict[str, Any]] = {
     "padded": {"ring_size": 3, "T": 17, "S": 40, "lengths": True, "sinks": True},
     "dropout": {"ring_size": 8, "layout": "zigzag", "T": 64, "dropout": 0.3, "dtype": "bfloat16"},
     "queries travel": {"ring_size": 3, "T": 6, "S": 48, "strategy": "ring_q"},
-    "heads and batch": {"ring_size": 2, "T": 16, "split": True, "dropout": 0.3, "axis_types": "auto"},
+    "heads and batch": {"ring_size": 2, "T": 16, "split": "both", "dropout": 0.3, "axis_types": "auto"},
 }
 
 

@@ -23,6 +23,7 @@ WAYS = {
     "all_gather-groups": {"strategy": "all_gather", "head_groups": 2},
     "ulysses": {"strategy": "ulysses"},
 }
+TWO_AXES = ("usp", "double_ring")
 SPLITS = [(2, 4), (4, 2), (8, 1), (1, 8)]
 
 
@@ -36,7 +37,7 @@ def test_ring_sizes(rng, way, ring_size) -> None:
     check(rng, case)
 
 
-@pytest.mark.parametrize("strategy", ["double_ring", "usp"])
+@pytest.mark.parametrize("strategy", TWO_AXES)
 @pytest.mark.parametrize(
     ("outer", "inner", "layout"),
     [*((*split, "zigzag") for split in SPLITS), (2, 4, "contiguous"), (2, 4, "striped")],
@@ -49,7 +50,7 @@ def test_splits_of_two_axes(rng, strategy, outer, inner, layout) -> None:
 
 
 EVERYTHING = {
-    "ring_size": 2, "T": 16, "N": 4, "K": 2, "H": 4, "Hv": 4, "split": True, "segments": "pair",
+    "ring_size": 2, "T": 16, "N": 4, "K": 2, "H": 4, "Hv": 4, "segments": "pair",
     "dropout": 0.2, "sinks": True, "soft_cap": 3.0, "logits": 2.0,
 }  # fmt: skip
 BIASES = {  # the axes of the bias that are not 1, or a function; and those of a mask
@@ -69,16 +70,23 @@ PAIRS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "bias"), PAIRS)
-def test_all_features_at_once_with_batch_and_heads_split_too(rng, way, bias) -> None:
+@pytest.mark.parametrize(
+    ("way", "bias", "split"),
+    [
+        (way, bias, split)
+        for way, bias in PAIRS
+        # Eight devices have room for one axis more beside the two of a ring.
+        for split in (("batch", "heads") if way in TWO_AXES else ("both",))
+    ],
+)
+def test_all_features_at_once_with_batch_and_heads_split_too(rng, way, bias, split) -> None:
     arrays = {"bias": bias, "mask": BIASES[bias]}
     extra = dict(WAYS.get(way, {"strategy": way}))
     if "head_groups" in extra:
         extra |= {"K": 4, "N": 4}
-    if way in ("usp", "double_ring"):
-        # Eight devices have no room for two axes of a ring between two others.
-        extra |= {"ring_size": 4, "inner": 2, "split": False}
-    check(rng, Case(**EVERYTHING | arrays | extra))
+    if way in TWO_AXES:
+        extra |= {"ring_size": 4, "inner": 2}
+    check(rng, Case(**EVERYTHING | arrays | extra, split=split))
 
 
 @pytest.mark.parametrize("way", ["ring", "ring_q", "both-ways"])
@@ -146,7 +154,7 @@ def test_under_vmap(rng) -> None:
         ({"strategy": "double_ring"}, "needs two mesh axes, that between hosts and that within one"),
         ({"axis_name": ("a", "b", "c"), "strategy": "double_ring"}, "needs two mesh axes"),
         ({"strategy": "ulysses", "bidirectional": True}, "only 'ring' and 'ring_q' have a direction"),
-        ({"head_groups": 2}, "only strategy='all_gather' can have more than 1"),
+        ({"head_groups": 2}, "only 'all_gather' gathers"),
         ({"strategy": "all_gather", "head_groups": 0}, "a number from 1 on"),
         ({"payload": "int4"}, "payload='int4'.* choose one of None, 'bfloat16', 'int8', 'float8'"),
     ],
