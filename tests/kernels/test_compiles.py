@@ -29,7 +29,8 @@ CHOSEN = [
     (256, "bfloat16", "mask"),
     (64, "float32", "alibi"),
     (128, "float32", "mask"),
-    (256, "float32", "bias NS"),
+    (256, "float32", "bias BTS"),
+    (256, "float32", "bias NTS"),
 ]
 
 
