@@ -279,7 +279,7 @@ def _over_mesh(
     whole = P(ring.spec[0], None, ring.spec[2])
     if 0 in q.shape[:2]:
         return _no_rows(q, value_size, mesh, whole)
-    kv_shape = padded[1], num_kv_heads, value_size
+    kv_shape = max(lengths[1], 1), num_kv_heads, value_size
     ring = with_strategy(ring, mesh, q.shape, kv_shape, q.dtype, rule.mask, latent=latent)
     sizes = ring.axis_sizes(mesh)
     splits = math.prod(mesh.shape[name] for name in ring.head_axes)
