@@ -109,7 +109,7 @@ def ring_attention(
         value: `B S K Hv`.
         bias: added to the logits: an array `B N T S`, any axis of which may be 1, or a `BiasFn`, which needs
             no such array. Gradients reach both. Each device holds the rows of its own queries. Where it is
-            -1e8 or less it hides the key, as -inf does.
+            -1e8 or less it hides the key, as -inf does, also where logits are capped.
         mask: a mask spec such as `ringjax.Causal()`, or a boolean array `B N T S`, any axis of which may be
             1; True where the query attends to the key; or a pair of both. A spec skips work and takes no
             memory.

@@ -148,7 +148,8 @@ def attend(
         added = jnp.broadcast_to(added, (batch, *shape)).reshape(logits.shape)
         logits += with_hidden_keys(added.astype(dtype))
     if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
+        capped = soft_cap * jnp.tanh(logits / soft_cap)
+        logits = jnp.where(logits == -jnp.inf, logits, capped)
     logits = jnp.where(allowed, logits, -jnp.inf)
     top = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(top == -jnp.inf, jnp.zeros_like(top), top))

@@ -79,7 +79,8 @@ def reference_attention(
     if added is not None:
         logits += with_hidden_keys(jnp.broadcast_to(added, logits.shape).astype(dtype))
     if rule.soft_cap is not None:
-        logits = rule.soft_cap * jnp.tanh(logits / rule.soft_cap)
+        capped = rule.soft_cap * jnp.tanh(logits / rule.soft_cap)
+        logits = jnp.where(logits == -jnp.inf, logits, capped)
     allowed = jnp.broadcast_to(attends(rule.mask, q_tokens, kv_tokens)[:, None], logits.shape)
     if operands.mask is not None:
         allowed &= jnp.broadcast_to(operands.mask, logits.shape)

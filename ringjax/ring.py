@@ -258,8 +258,8 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
     ambient = jax.sharding.get_abstract_mesh()
     if mesh is None and ambient.empty:
         raise ValueError(
-            "no mesh: pass mesh=jax.make_mesh((jax.device_count(),), ('ring',)), or set one around the "
-            "call with jax.set_mesh(mesh)."
+            "no mesh: set one around the call with jax.set_mesh(jax.make_mesh((jax.device_count(),), "
+            "('ring',))), or pass it as mesh=..."
         )
     # Inside jit only the abstract mesh of the context may be named again.
     return ambient if mesh is None else mesh

@@ -511,6 +511,22 @@ def test_vmap_over_what_else_a_call_brings(rng, mesh) -> None:
             helpers.assert_close(got[i], wanted, "float32", "grad")
 
 
+def test_the_gradient_of_a_mean_over_keys_counts_each_log_sum_exp_once(rng, mesh) -> None:
+    """The keys alone reach the output and not it; JAX 0.10 then would count its cotangent once for each."""
+    q, k, v = helpers.random_qkv(rng, T=12, K=2)
+    keys = jax.random.split(jax.random.key(1), 3)
+
+    def loss(q, key, attend):
+        out, lse = attend(q, k, v, dropout_rate=0.3, dropout_rng=key, return_residual=True)
+        return (out**2).sum() + lse.sum()
+
+    mapped = lambda attend: jax.jit(
+        jax.grad(lambda q: jax.vmap(ft.partial(loss, q, attend=attend))(keys).sum())
+    )(q)
+    got, wanted = mapped(ft.partial(ring_attention, mesh=mesh(3))), mapped(ringjax.reference_attention)
+    helpers.assert_close(got, wanted, "float32", "grad")
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_local_inside_the_callers_shard_map(rng, mesh, layout, check_vma) -> None:

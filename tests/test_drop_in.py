@@ -1,5 +1,6 @@
 """The arguments of `jax.nn.dot_product_attention` give what it gives."""
 
+import dataclasses
 import functools as ft
 from typing import get_args
 
@@ -12,6 +13,7 @@ from cases import grid
 
 import ringjax
 from ringjax import Ring, ring_attention
+from ringjax.nn import attention_fn
 from ringjax.strategies import Strategy
 
 
@@ -129,14 +131,15 @@ def _lowered(low, head, i, j):
 
 @pytest.mark.parametrize("kernel", ["blockwise", pytest.param("pallas", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ring_size", [1, 4])
-@pytest.mark.parametrize("low", [-1e9, np.finfo(np.float32).min], ids=["-1e9", "finfo.min"])
+@pytest.mark.parametrize(("low", "soft_cap"), [(-1e9, None), (np.finfo(np.float32).min, None), (-1e9, 2.0)])
 @pytest.mark.parametrize("as_function", [False, True])
-def test_an_additive_mask_is_the_boolean_one(rng, mesh, kernel, ring_size, low, as_function) -> None:
+def test_an_additive_mask_is_the_boolean_one(rng, mesh, kernel, ring_size, low, as_function, soft_cap):
     """Rows of nothing but such numbers too, where a sum of weights is nothing beside the log-sum-exp."""
     arrays = helpers.random_qkv(rng, T=16)
     attend = ft.partial(
-        ring_attention, mesh=mesh(ring_size), ring=ringjax.Ring(kernel=kernel), return_residual=True
-    )
+        ring_attention, mesh=mesh(ring_size), ring=ringjax.Ring(kernel=kernel), logits_soft_cap=soft_cap,
+        return_residual=True,
+    )  # fmt: skip
     mask = jnp.asarray(rng.random((16, 16)) < 0.6).at[3].set(False).at[5].set(True)
     if as_function:
         mask = (jnp.arange(16) % 4 != 3)[:, None] & (jnp.arange(16) < 11)[None]
@@ -150,6 +153,8 @@ def test_an_additive_mask_is_the_boolean_one(rng, mesh, kernel, ring_size, low, 
     cotangents = jax.tree.map(jnp.ones_like, out)
     for got, want in zip((*out, *pull(cotangents)), (*wanted, *wanted_pull(cotangents)), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)
+    reference = ringjax.reference_attention(*arrays, bias, logits_soft_cap=soft_cap)
+    np.testing.assert_allclose(reference, wanted[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("one", [lambda x: x, np.int64, lambda x: (x, x), lambda x: [x, x]])
@@ -174,6 +179,8 @@ def test_nothing_at_all_gives_what_it_gives_there(rng, strategy, empty) -> None:
 
     got = jax.jit(lambda: run(ring_attention, mesh=grid(outer=2, inner=2), ring=ring))()
     assert jax.tree.map(jnp.shape, got[0]) == (q.shape, q.shape[:3])
+    attend = attention_fn(mesh=grid(outer=2, inner=2), ring=dataclasses.replace(ring, layout="contiguous"))
+    assert attend(q[None], k[None], v[None], bias=bias[None]).shape == (1, *q.shape)
     expected = run(jax_nn)
     jax.tree.map(np.testing.assert_array_equal, got[0], expected[0])
     jax.tree.map(np.testing.assert_array_equal, got[1], jax.tree.map(jnp.zeros_like, expected[1]))

@@ -180,7 +180,10 @@ def test_ring_without_an_axis_is_refused() -> None:
 
 
 def test_mesh_must_be_there_and_fit(mesh) -> None:
-    with pytest.raises(ValueError, match=re.escape("no mesh: pass mesh=jax.make_mesh((jax.device")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("no mesh: set one around the call with jax.set_mesh(jax.make_mesh((jax.device"),
+    ):
         ring_attention(*qkv())
     devices = grid(data=2, ring=2, model=2)
     attend = ft.partial(ring_attention, mesh=devices)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import CommandError
 
@@ -10,6 +11,21 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; exits with 0, with 2 after a one-line error for wrong input, 130 if interrupted."""
+    try:
+        _command(sys.argv[1:] if arguments is None else arguments).run()
+    except CommandError as error:
+        print(f"ringjax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _command(arguments: Sequence[str]) -> Any:
+    """What the arguments ask for; the imports take a while, and may be interrupted too."""
     try:
         import tyro
     except ImportError:
@@ -22,36 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from .trace import Trace
     from .train import Train
 
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        # Options that are a file's keys: it has to be read first.
-        if list(arguments[:1]) == ["train"]:
-            command = Train.parse(arguments[1:])
-        elif list(arguments[:1]) == ["aot"] and "".join(arguments[1:2]).endswith(".toml"):
-            command = AotConfig.parse(arguments[1:])
-        else:
-            command = tyro.extras.subcommand_cli_from_dict(
-                {
-                    "aot": Aot,
-                    "ask": Ask,
-                    "bench": Bench,
-                    "doctor": Doctor,
-                    "plan": PlanCommand,
-                    "trace": Trace,
-                    "train": Train,
-                },
-                prog="ringjax",
-                description="Exact attention over sequences that no single device can hold.",
-                args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
-            )
-        command.run()
-    except CommandError as error:
-        print(f"ringjax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read the output has seen enough.
-        sys.stderr.close()
-        sys.exit(0)
+    # Options that are a file's keys: it has to be read first.
+    if list(arguments[:1]) == ["train"]:
+        return Train.parse(arguments[1:])
+    if list(arguments[:1]) == ["aot"] and "".join(arguments[1:2]).endswith(".toml"):
+        return AotConfig.parse(arguments[1:])
+    return tyro.extras.subcommand_cli_from_dict(
+        {
+            "aot": Aot,
+            "ask": Ask,
+            "bench": Bench,
+            "doctor": Doctor,
+            "plan": PlanCommand,
+            "trace": Trace,
+            "train": Train,
+        },
+        prog="ringjax",
+        description="Exact attention over sequences that no single device can hold.",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+    )

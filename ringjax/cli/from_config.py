@@ -31,7 +31,9 @@ def parse(cls: type[T], name: str, arguments: Sequence[str]) -> T:
     if arguments and not arguments[0].startswith("-"):
         path = pathlib.Path(arguments[0])
         if not path.is_file():
-            raise CommandError(f"{path}: there is no such config.")
+            raise CommandError(
+                f"{path}: {'that is no file' if path.exists() else 'there is no such config'}."
+            )
         with user_errors(ConfigError, OSError):
             default = make(config=path, settings=read_config(path))
     elif not {"-h", "--help"} & set(arguments):

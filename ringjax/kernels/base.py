@@ -349,7 +349,14 @@ def alone(call: Callable, platform: str, *arguments, custom_calls: tuple[str, ..
         platforms=["cpu" if platform == "cpu" else "cuda"],
         disabled_checks=[export.DisabledSafetyCheck.custom_call(name) for name in custom_calls],
     )
-    return jax.tree.map(lambda x: vary_alike(x, like)[0], exported(*shapes).call(*arguments))
+
+    # What was exported knows no vmap: it is called for one after the other.
+    @jax.custom_batching.sequential_vmap
+    def lowered(*arguments):
+        like = jax.tree.leaves(arguments)[0]
+        return jax.tree.map(lambda x: vary_alike(x, like)[0], exported(*shapes).call(*arguments))
+
+    return lowered(*arguments)
 
 
 assert PARTIAL < FULL < EMPTY  # the order of work that `visits` sorts by

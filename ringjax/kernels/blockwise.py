@@ -244,15 +244,17 @@ class _Grid:
     ) -> _Logits:
         """Scale (already in the queries), then bias, then soft cap, then mask; `a` by `b`.
 
-        `hide` is for the way forward: going back, weights are 0 by the log-sum-exp.
+        `hide` is for the way forward: going back, weights are 0 by the log-sum-exp, but under a cap, which
+        would make a low bias a high one.
         """
-        logits, slope = _matmul(a, b.T), None
+        logits, slope, cap = _matmul(a, b.T), None, self.rule.soft_cap
         for bias in self._biases(at, kv_at):
-            bias = with_hidden_keys(bias) if hide else bias
+            bias = with_hidden_keys(bias) if hide or cap is not None else bias
             logits += bias.T if keys_first else bias
-        if (cap := self.rule.soft_cap) is not None:
+        if cap is not None:
             bent = jnp.tanh(logits / cap)
-            logits, slope = cap * bent, 1 - bent * bent
+            capped, slope = cap * bent, 1 - bent * bent
+            logits = jnp.where(logits == -jnp.inf, logits, capped) if self.may_be_infinite else capped
         if masked:
             allowed = self._allowed(at, kv_at)
             allowed = allowed.T if keys_first else allowed

@@ -558,9 +558,11 @@ class _Meeting:
     ) -> _Logits:
         """Scale, then bias, then soft cap, then mask; queries by keys, or keys by queries; over `unit`.
 
-        `hide` is for the way forward: going back, weights are 0 by the log-sum-exp.
+        `hide` is for the way forward: going back, weights are 0 by the log-sum-exp, but under a cap, which
+        would make a low bias a high one.
         """
-        hiding = with_hidden_keys if hide else lambda bias: bias
+        cap = self.rule.soft_cap
+        hiding = with_hidden_keys if hide or cap is not None else lambda bias: bias
         first, second = (keys, q) if keys_first else (q, keys)
         logits, slope = _dot(first, second, transposed=True), None
         if not self.bare:
@@ -570,9 +572,11 @@ class _Meeting:
         if self.splits:
             bias = self.splits[keys_first].bias(*self._bias_arguments(refs, at, keys_first))
             logits += hiding(bias)
-        if (cap := self.rule.soft_cap) is not None:
+        if cap is not None:
             bent = jnp.tanh(logits / jnp.float32(cap))
-            logits, slope = jnp.float32(cap) * bent, jnp.float32(1) - bent * bent
+            capped, slope = jnp.float32(cap) * bent, jnp.float32(1) - bent * bent
+            may_be_infinite = refs.bias is not None or self.splits
+            logits = jnp.where(logits == -jnp.inf, logits, capped) if may_be_infinite else capped
         if masked:
             allowed = self._allowed(refs, at, keys_first)
             logits = jnp.where(allowed, logits, jnp.full_like(logits, -jnp.inf))

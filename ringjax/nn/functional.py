@@ -1,5 +1,6 @@
 """Ring attention in the place of Flax's own attention function."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def attention_fn(
                 f"with an attention_fn() without them, or with RingAttention."
             )
         batch_shape = query.shape[:-3]
-        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        q, k, v = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in (query, key, value))
         mask, bias = (None if x is None else _one_batch_axis(x, batch_shape) for x in (mask, bias))
         if mask is not None:
             mask = mask != 0  # Flax's own masks are floating
@@ -118,4 +119,4 @@ def _one_batch_axis(x: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
     x = x.reshape(given)
     if any(size > 1 for size in given[:-3]):
         x = jnp.broadcast_to(x, (*batch_shape, *given[-3:]))
-    return x.reshape(-1, *given[-3:])
+    return x.reshape(math.prod(x.shape[:-3]), *given[-3:])

@@ -32,7 +32,7 @@ class RingAttention(nn.Module):
         num_heads: query heads, N.
         num_kv_heads: key heads, K; None means N.
         head_size: None means D / N.
-        rotary: rotary embedding; None for none.
+        rotary: rotary embedding, such as `Rotary.default(head_size)`; None for none.
         scale: factor of the logits; None means `1 / sqrt(head_size)`.
         mask: a mask spec.
         bias: a bias of the logits as a function of positions, such as `ringjax.alibi(num_heads)`; constant.

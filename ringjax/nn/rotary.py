@@ -26,6 +26,14 @@ class Rotary:
     frequencies: tuple[float, ...]
     scale: float = 1.0
 
+    def __post_init__(self):
+        if np.ndim(self.frequencies) != 1:
+            raise ValueError(
+                f"Rotary(frequencies={self.frequencies!r}): it takes an angle for each pair of a head's "
+                f"dimensions. For those of a head size write Rotary.default(head_size)."
+            )
+        object.__setattr__(self, "frequencies", tuple(float(x) for x in self.frequencies))
+
     @classmethod
     def default(cls, head_size: int, theta: float = 10_000.0) -> Self:
         """The frequencies of the paper for heads of `head_size`."""

@@ -198,7 +198,11 @@ def attend(
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _attend(inputs: Inputs, way: Way, problem: Problem):
-    return way.forward(_encoded(inputs, problem), problem)
+    out, lse = way.forward(_encoded(inputs, problem), problem)
+    if (seed := inputs.operands.seed) is not None:
+        # Were keys mapped (vmap) and it not, JAX 0.10 would count its cotangent once for each of them.
+        lse += (seed[0] * jnp.zeros_like(seed[0])).astype(lse.dtype)
+    return out, lse
 
 
 def _attend_fwd(inputs: Inputs, way: Way, problem: Problem):

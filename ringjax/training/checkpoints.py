@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import inspect
 import json
 import logging
 import pathlib
@@ -202,6 +203,8 @@ def _quiet() -> Iterator[None]:
     """Keeps to itself what the reader's threads have to say of a read that failed and was given up."""
     hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook = sys.unraisablehook = lambda *_: None
+    tasks = logging.getLogger("asyncio")
+    tasks.addFilter(_is_not_of_a_read)
     try:
         yield
     except Exception:
@@ -209,14 +212,23 @@ def _quiet() -> Iterator[None]:
         # Other parts of that read may yet end, at any later time.
         hooks = hooks[0], functools.partial(_tell_but_late_reads, hooks[1])
         raise
+    else:
+        tasks.removeFilter(_is_not_of_a_read)
     finally:
         sys.excepthook, sys.unraisablehook = hooks
 
 
 def _tell_but_late_reads(tell: Callable[[Any], object], event: Any) -> None:
     """A hook for what cannot be raised, without what parts of a read say that end after it was given up."""
-    if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+    closed = isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"
+    if not closed and not (inspect.iscoroutine(event.object) and "orbax" in event.object.cr_code.co_filename):
         tell(event)
+
+
+def _is_not_of_a_read(record: logging.LogRecord) -> bool:
+    """Whether a message of asyncio is not of a task of the reader whose error nobody waits for any more."""
+    text = record.getMessage()
+    return not ("never retrieved" in text and "orbax" in text)
 
 
 @jax.jit

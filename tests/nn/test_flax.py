@@ -256,7 +256,7 @@ class TestRefusals:
             module(x, sow_weights=True)
 
     def test_no_mesh(self, x: jax.Array) -> None:
-        with pytest.raises(ValueError, match="no mesh: pass mesh="):
+        with pytest.raises(ValueError, match="no mesh: set one around"):
             nnx_module(attention_fn=attention_fn())(x)
 
 

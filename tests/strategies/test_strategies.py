@@ -142,9 +142,29 @@ def test_under_vmap(rng) -> None:
     q, k, v = (jnp.asarray(rng.standard_normal((2, 1, 8, 4, 8)), jnp.float32) for _ in "qkv")
     mesh = grid(ring=2)
     wanted = jax.vmap(lambda *x: ringjax.reference_attention(*x, is_causal=True))(q, k, v)
-    for ring in (Ring(strategy="ring_q"), Ring(strategy="all_gather"), Ring(strategy="ulysses")):
+    strategies = Ring(strategy="ring_q"), Ring(strategy="all_gather"), Ring(strategy="ulysses")
+    for ring in (*strategies, Ring(kernel="pallas")):
         attend = lambda *x, ring=ring: ringjax.ring_attention(*x, is_causal=True, mesh=mesh, ring=ring)
         np.testing.assert_allclose(jax.vmap(attend)(q, k, v), wanted, atol=2e-6)
+
+
+def test_gradients_under_vmap_of_a_kernel_that_is_lowered_alone(rng) -> None:
+    """Of all, and of the parameters of a bias, whose function is."""
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 1, 16, 4, 8)), jnp.float32) for _ in "qkv")
+    slopes = jnp.asarray(rng.random((2, 4)), jnp.float32)
+
+    def loss(q, k, v, slopes, attend):
+        return (attend(q, k, v, ringjax.BiasFn(ringjax.alibi(4).fn, slopes), is_causal=True) ** 2).sum()
+
+    def gradients(attend):
+        one = jax.grad(lambda *x: loss(*x, attend), argnums=(0, 1, 2, 3))
+        return jax.jit(jax.vmap(one))(q, k, v, slopes)
+
+    attend = lambda *x, **kwargs: ringjax.ring_attention(
+        *x, **kwargs, mesh=grid(ring=2), ring=Ring(kernel="pallas")
+    )
+    for got, wanted in zip(gradients(attend), gradients(ringjax.reference_attention), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Checkpoints: the same bits come back on any mesh, and what is damaged is passed over and told."""
 
+import logging
 import pathlib
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from ringjax.training import checkpoints
 from ringjax.training.checkpoints import Checkpoints, DamagedError, OtherModelError, bit_sums
 
 ROWS, COLUMNS = 16, 300
@@ -146,7 +149,7 @@ def test_parts_of_a_given_up_read_that_end_late_are_not_told(saved, mesh, monkey
     with Checkpoints(saved) as checkpoints:
         checkpoints.restore(make_state(0, mesh, P("a")))
     late, other = (
-        types.SimpleNamespace(exc_value=error)
+        types.SimpleNamespace(exc_value=error, object=None)
         for error in (RuntimeError("Event loop is closed"), RuntimeError("something else"))
     )
     told.clear()
@@ -208,3 +211,18 @@ def test_bit_sums_see_each_bit_and_not_the_sharding(rng, dtype):
         raw.view(np.uint8).reshape(x.size, -1)[place, 0] ^= 1
         seen.add(of(raw))
     assert len(seen) == x.size + 1
+
+
+@pytest.mark.parametrize("filename", ["site-packages/orbax/reader.py", "ours.py"])
+def test_what_ends_after_a_read_was_given_up_is_not_told(filename) -> None:
+    """Coroutines and tasks of the reader, by the code that they run; others are."""
+    scope: dict[str, Any] = {}
+    exec(compile("async def read(): pass", filename, "exec"), scope)
+    coroutine, told = scope["read"](), []
+    event = types.SimpleNamespace(object=coroutine, exc_value=Exception("Encountered error while reading"))
+    checkpoints._tell_but_late_reads(told.append, event)
+    coroutine.close()
+    assert bool(told) == (filename == "ours.py")
+    text = f"Task exception was never retrieved\nfuture: <Task coro=<read() defined at {filename}:1>>"
+    record = logging.LogRecord("asyncio", logging.ERROR, "", 0, text, None, None)
+    assert checkpoints._is_not_of_a_read(record) == (filename == "ours.py")
