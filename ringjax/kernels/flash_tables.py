@@ -308,7 +308,7 @@ FLOAT32: dict[int, Launch] = {
             rich=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=32)),
         ),
         dkv=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=32)),
-        bias=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=32)),
+        bias=Pass(8, stages=1, blocks=BlockSizes(q=16, kv=64)),
     ),
 }
 # In place of an entry that spills there.

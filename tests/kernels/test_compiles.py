@@ -30,7 +30,7 @@ CHOSEN = [
     (64, "float32", "alibi"),
     (128, "float32", "mask"),
     (256, "float32", "bias BTS"),
-    (256, "float32", "bias NTS"),
+    (256, "float32", "bias NS"),
 ]
 
 
