@@ -143,7 +143,8 @@ def attend(
     logits *= scale
     if bias is not None:
         head = (first_head + jnp.arange(num_heads, dtype=jnp.int32)).reshape(num_kv_heads, 1, -1, 1)
-        added = bias.fn(bias.parameters, head, q_positions[None, :, None, None], jnp.maximum(kv_positions, 0))
+        at = q_positions[None, :, None, None], jnp.maximum(kv_positions, 0)[None, None, None]
+        added = bias.fn(bias.parameters, head, *at)
         shape = (num_kv_heads, num_q, rows // num_q, kv_positions.shape[0])
         added = jnp.broadcast_to(added, (batch, *shape)).reshape(logits.shape)
         logits += with_hidden_keys(added.astype(dtype))

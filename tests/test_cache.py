@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec as P
 
-from ringjax import Causal, Full
+from ringjax import BiasFn, Causal, Full, MaskFn
 from ringjax.cache import KVCache, append, attend, free_slots, gather_and_merge, make_cache
 from ringjax.masks import Mask
 from ringjax.partials import Partial
@@ -246,3 +246,19 @@ def test_layouts_do_not_change_what_is_attended(mesh: MakeMesh, rng: np.random.G
         cache = KVCache(*filled, jnp.asarray(held))
         copies, _ = step_program(mesh(ring_size, "auto"), 0.3, Causal())(*new, cache, at)
         helpers.assert_close(copies.out[0], out, "float32", name=layout)
+
+
+def _lowered(low, head, i, j):
+    return jnp.where((j % 3 == 0) & (head >= 0) & (i >= 0), low, 0.0)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_a_bias_that_is_low_hides_as_a_mask_does(rng: np.random.Generator, soft_cap) -> None:
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 2, 12, 8)), jnp.float32) for _ in "qkv")
+    positions = jnp.arange(12, dtype=jnp.int32)
+    run = ft.partial(
+        attend, q[:, :, -1:].swapaxes(1, 2), k, v, positions[-1:], positions, scale=0.3, soft_cap=soft_cap
+    )
+    hidden = run(bias=BiasFn(_lowered, jnp.float32(-1e9)))
+    wanted = run(mask=MaskFn(lambda i, j: (j % 3 != 0) & (i >= j)))
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), hidden, wanted)

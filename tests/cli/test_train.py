@@ -106,10 +106,11 @@ def test_wrong_input_is_refused_in_one_line(capsys, config, tmp_path, monkeypatc
     assert error.startswith("ringjax: error: ")
 
 
-def test_without_a_config_it_is_asked_for(capsys):
+def test_without_a_config_it_is_asked_for(capsys, tmp_path):
     assert "train what? Give a config first" in refused(capsys)
     assert "the config comes before the options: ringjax train " in refused(capsys, "--json", "some.toml")
     assert "nothing.toml: there is no such config." in refused(capsys, "nothing.toml")
+    assert f"{tmp_path}: that is no file." in refused(capsys, str(tmp_path))
 
 
 def test_a_key_that_is_wrong_in_the_file_is_named_with_the_file(capsys, config):

@@ -330,3 +330,9 @@ def test_zigzag_length_that_does_not_divide_is_refused(mesh: MakeMesh) -> None:
 
 def test_mask_alone_makes_the_layer_causal(mesh: MakeMesh) -> None:
     assert make_layer(mesh(1)).mask == Causal()
+
+
+def test_rotary_wants_frequencies() -> None:
+    with pytest.raises(ValueError, match=r"Rotary\(frequencies=8\).*Rotary\.default\(head_size\)"):
+        Rotary(8)  # pyright: ignore[reportArgumentType]
+    assert hash(Rotary(np.ones(4))) == hash(Rotary((1.0,) * 4))  # pyright: ignore[reportArgumentType]
